@@ -1,0 +1,1 @@
+"""Floor 1: models, sampling, quantizers, GPTQ, FID and the quantized checkpoint."""

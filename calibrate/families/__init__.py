@@ -1,0 +1,1 @@
+"""Model families: what is quantized in each, and how its denoiser is run."""

@@ -1,0 +1,84 @@
+"""What the rest of the project needs to know of a model family. One file per family joins here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import LinearSpec
+
+# (x [B, C, H, W], timestep int64 [B], class label int64 [B]) → predicted noise [B, C, H, W].
+# Sampling, FID, parity and serving take any such callable, whatever engine is behind it.
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the exported denoiser. `shape` is without the leading batch dimension."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockInputs:
+    """What a block reads: the hidden states [B, T, D], and what all blocks share, by name."""
+
+    hidden_states: Tensor
+    shared: dict[str, Tensor]
+
+
+class Family(Protocol):
+    """A model family. `denoiser` is always the family's diffusers module."""
+
+    name: str
+    output_name: str
+
+    def matches(self, config: dict[str, Any]) -> bool:
+        """Whether a diffusers config.json describes a model of this family."""
+
+    def build(self, config: dict[str, Any]) -> nn.Module:
+        """A denoiser of this config with unset or random weights, on the default device."""
+
+    def tie_shared_modules(self, denoiser: nn.Module) -> None:
+        """Make modules that hold equal weights in every block one object (memory, one compute)."""
+
+    def keep_blocks(self, denoiser: nn.Module, count: int) -> None:
+        """Drop all blocks after the first `count` (for benchmarks)."""
+
+    def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
+        """The transformer blocks in order."""
+
+    def linears(self, denoiser: nn.Module) -> list[LinearSpec]:
+        """The linears offered for quantization, in model order."""
+
+    def inputs(self, denoiser: nn.Module) -> tuple[InputSpec, ...]:
+        """The exported inputs, in the order of `forward`."""
+
+    def example_inputs(
+        self, denoiser: nn.Module, batch: int, generator: torch.Generator
+    ) -> tuple[Tensor, ...]:
+        """Random inputs of the right shapes, dtypes and ranges, on the CPU in float32/int64."""
+
+    def forward(self, denoiser: nn.Module, *inputs: Tensor) -> Tensor:
+        """The raw output [B, out channels, H, W] (learned sigma included)."""
+
+    def before_blocks(self, denoiser: nn.Module, *inputs: Tensor) -> BlockInputs:
+        """Everything up to the first block."""
+
+    def run_block(self, block: nn.Module, inputs: BlockInputs) -> Tensor:
+        """One block: [B, T, D] → [B, T, D]."""
+
+    def noise_prediction(self, denoiser: nn.Module, output: Tensor) -> Tensor:
+        """The epsilon part [B, C, H, W] of the raw output (drops a learned sigma)."""
+
+    def null_label(self, denoiser: nn.Module) -> int:
+        """The class label that means 'no class' for classifier-free guidance."""
+
+    def class_count(self, denoiser: nn.Module) -> int:
+        """How many classes there are, the null label not counted."""

@@ -1,0 +1,86 @@
+"""Simulation of quantized linears in torch: the meaning that every exported target must match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .quantizers import QuantizedWeight, fake_quantize_activation
+from .schemes import LayerScheme
+
+
+class QuantizedLinear(nn.Module):
+    """y = Q_a(x) Ŵᵀ + b with dynamic group-wise Q_a. Input [..., K] → [..., N].
+
+    The integers stay available as `quantized`; the dequantized matrix Ŵ [N, K] is a buffer
+    `weight` in the compute dtype, so `.to(dtype)` and `.to(device)` work as for `nn.Linear`.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self, scheme: LayerScheme, quantized: QuantizedWeight, bias: Tensor | None
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.quantized = quantized
+        self.register_buffer("weight", quantized.dequantize(), persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(fake_quantize_activation(x, self.scheme), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_features}, out={self.out_features}, {self.scheme.label}"
+
+
+class QuantizedInputLinear(nn.Module):
+    """A linear whose weight is still full precision but whose input is already quantized.
+
+    Calibration runs on it: GPTQ's Hessian must see the inputs that the quantized layer will see.
+    """
+
+    def __init__(self, scheme: LayerScheme, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(fake_quantize_activation(x, self.scheme))
+
+
+def replace_linear(denoiser: nn.Module, name: str, replacement: nn.Module) -> None:
+    """Put `replacement` at path `name` of the denoiser."""
+    parent, _, child = name.rpartition(".")
+    setattr(denoiser.get_submodule(parent), child, replacement)
+
+
+def install_quantized_linears(
+    denoiser: nn.Module,
+    schemes: Mapping[str, LayerScheme],
+    weights: Mapping[str, QuantizedWeight],
+) -> None:
+    """Replace every linear that has quantized weights by its simulation, in place."""
+    for name, quantized in weights.items():
+        linear = denoiser.get_submodule(name)
+        bias = getattr(linear, "bias", None)
+        device = next(iter(linear.parameters())).device
+        replace_linear(
+            denoiser, name, QuantizedLinear(schemes[name], quantized.to(device), bias)
+        )
+
+
+def output_dtype(denoiser: nn.Module) -> torch.dtype:
+    """The dtype of the denoiser's floating-point parameters."""
+    return next(p.dtype for p in denoiser.parameters() if p.is_floating_point())

@@ -1,0 +1,1 @@
+"""Floor 3: run, compare, time and report on exported models."""

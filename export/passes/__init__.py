@@ -1,0 +1,1 @@
+"""Graph passes: one file each, with what it requires and ensures."""
