@@ -104,7 +104,7 @@ class QuantizationPlan:
 
 
 def uniform_plan(bits: str, scheme: LayerScheme, linears: Sequence[LinearSpec]) -> QuantizationPlan:
-    """The same scheme for every linear; adaLN linears weight-only (method.md, 'What is quantized')."""
+    """The same scheme for every linear; adaLN linears weight-only (Q-DiT keeps their input)."""
     layers = {
         spec.name: scheme.weight_only() if spec.role == "adaln" else scheme for spec in linears
     }
@@ -166,5 +166,7 @@ def _merge(
 
 def _unknown_layer(name: str, known: set[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=1)
-    hint = f"did you mean {close[0]}?" if close else f"the first one is {min(known, default='none')}"
+    hint = (
+        f"did you mean {close[0]}?" if close else f"the first one is {min(known, default='none')}"
+    )
     return f"the plan names {name!r}, which is no quantizable linear of this model; {hint}"

@@ -68,9 +68,7 @@ class QuantizedWeight:
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
         zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QuantizedWeight(
-            self.values.to(device), self.scale.to(device), zero_point, self.bits
-        )
+        return QuantizedWeight(self.values.to(device), self.scale.to(device), zero_point, self.bits)
 
 
 def round_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
@@ -115,7 +113,10 @@ def fake_quantize_activation(x: Tensor, scheme: LayerScheme) -> Tensor:
 
 
 def quantize_activation(x: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor, Tensor]:
-    """(q [..., G, g], s [..., G, 1], Z [..., G, 1]) of x [..., K], in float32 (float64 for float64)."""
+    """(q [..., G, g], s [..., G, 1], Z [..., G, 1]) of x [..., K].
+
+    float32 whatever the input, except that float64 stays float64.
+    """
     size = scheme.activation_group_size(x.shape[-1])
     wide = x if x.dtype == torch.float64 else x.float()
     groups = wide.reshape(*x.shape[:-1], -1, size)
@@ -183,7 +184,10 @@ def best_clipping(
     for step in range(steps):
         ratio = 1.0 - (1.0 - smallest) * step / steps
         scale, zero_point = range_parameters(
-            low * ratio, high * ratio, scheme.weight_bits, scheme.weight_symmetric,
+            low * ratio,
+            high * ratio,
+            scheme.weight_bits,
+            scheme.weight_symmetric,
             scheme.scale_dtype,
         )
         restored = (quantize(groups, scale, zero_point, integers) - zero_point) * scale

@@ -76,9 +76,7 @@ def install_quantized_linears(
         linear = denoiser.get_submodule(name)
         bias = getattr(linear, "bias", None)
         device = next(iter(linear.parameters())).device
-        replace_linear(
-            denoiser, name, QuantizedLinear(schemes[name], quantized.to(device), bias)
-        )
+        replace_linear(denoiser, name, QuantizedLinear(schemes[name], quantized.to(device), bias))
 
 
 def output_dtype(denoiser: nn.Module) -> torch.dtype:

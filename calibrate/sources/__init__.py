@@ -1,1 +1,1 @@
-"""Model sources: the demo, diffusers folders and Hub ids, original DiT state dicts, random weights."""
+"""Model sources: the demo, diffusers folders and Hub ids, original DiT files, random weights."""

@@ -1,0 +1,395 @@
+"""The `qdit-*` commands: parse, call, show progress. No logic lives here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+from rich.console import Console
+
+from . import __version__
+from .engines.options import ExportOptions, ProofOptions, SchemeOptions, build_options, read_config
+from .errors import InputError, QditError
+from .progress import Terminal
+
+GATE_FAILED = 3  # the exit code of an export whose proof did not hold
+
+_MODEL_HELP = (
+    "What to export: nothing for the embedded demo; a diffusers folder or Hub id "
+    "(facebook/DiT-XL-2-256); an original DiT .pt file; random:DiT-XL/2 for benchmarks."
+)
+
+Model = Annotated[str | None, typer.Argument(help=_MODEL_HELP, show_default=False)]
+Bits = Annotated[
+    str, typer.Option(help="w8a8, w6a8, w4a8, w3a8, w4a6, w4a4, w8a16, w4a16 or 16/16.")
+]
+GroupSize = Annotated[
+    str, typer.Option(help="Input channels that share a weight scale: 32 … 1152, or 'channel'.")
+]
+ActivationGroupSize = Annotated[
+    str | None,
+    typer.Option(
+        help="Input channels that share an activation scale, or 'token'. Default: as --group-size.",
+        show_default=False,
+    ),
+]
+Symmetric = Annotated[
+    bool, typer.Option("--symmetric/--asymmetric", help="Quantizer of weights and activations.")
+]
+WeightSymmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--weight-symmetric/--weight-asymmetric",
+        help="Overrides --symmetric/--asymmetric for the weights.",
+        show_default=False,
+    ),
+]
+ActivationSymmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--activation-symmetric/--activation-asymmetric",
+        help="Overrides --symmetric/--asymmetric for the activations.",
+        show_default=False,
+    ),
+]
+ScaleDtype = Annotated[str, typer.Option(help="Stored dtype of weight scales: float16 or float32.")]
+Plan = Annotated[
+    Path | None,
+    typer.Option(help="JSON file with schemes for single layers (docs/format.md).", metavar="FILE"),
+]
+Steps = Annotated[int, typer.Option(help="Denoising steps of the sampler.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1.0 is none.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(help="A diffusers scheduler class. Default: the model's own.", show_default=False),
+]
+FidSamples = Annotated[
+    str,
+    typer.Option(
+        help="Image pairs for FID and PSNR; 'auto' takes what this device makes in about a "
+        "minute an engine (16 … 10,000); 0 skips images."
+    ),
+]
+FidFeatures = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Feature extractor: .onnx, or the TorchScript inception-2015-12-05.pt.",
+        show_default=False,
+    ),
+]
+Reference = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Reference statistics, .npz with mu and sigma.", show_default=False
+    ),
+]
+MaxFidIncrease = Annotated[
+    float | None,
+    typer.Option(
+        help="The gate: largest FID increase allowed. Default: 20 % of the full-precision FID.",
+        show_default=False,
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Samples in one call. Default: by device.", show_default=False)
+]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads. Default: all cores.", show_default=False)
+]
+Seed = Annotated[int, typer.Option(help="Seed of noise, labels and calibration.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only errors.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help=".toml or .json with any of these options; flags win over it."
+    ),
+]
+
+_EXPORT_EXAMPLES = """Quantize a Diffusion Transformer, export it to ONNX, prove that quality holds.
+
+Examples:
+
+  qdit-export --bits w4a8
+
+  qdit-export facebook/DiT-XL-2-256 --bits w4a8 --group-size 64 --device cuda --output build/xl
+
+  qdit-export DiT-XL-2-256x256.pt --bits w4a8 --fid-features inception-2015-12-05.pt
+  --reference VIRTUAL_imagenet256.npz --fid-samples 10000
+
+  qdit-export --bits w4a8 --dry-run
+
+A killed export run again with the same arguments goes on where it was.
+Exit codes: 0 passed, 1 failure, 2 bad input, 3 the proof did not hold.
+"""
+
+
+def _settings(context: typer.Context, names: type[Any], config: Path | None) -> dict[str, Any]:
+    """Options of `names`: the config file's, overridden by the flags that were really given."""
+    values = read_config(config) if config else {}
+    for name in names.model_fields:
+        if name not in context.params:
+            continue
+        given = context.get_parameter_source(name) not in (
+            ParameterSource.DEFAULT,
+            ParameterSource.DEFAULT_MAP,
+        )
+        if given:
+            values[name] = _parsed(name, context.params[name])
+    return values
+
+
+def _parsed(name: str, value: Any) -> Any:
+    """Numbers where a flag takes a number or a word ('channel', 'token', 'auto')."""
+    if name == "fid_samples" and value == "auto":
+        return None
+    if isinstance(value, str) and value.isdigit():
+        return int(value)
+    return value
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"qdit {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+]
+
+
+def _export(
+    context: typer.Context,
+    model: Model = None,
+    bits: Bits = "w4a8",
+    group_size: GroupSize = "128",
+    activation_group_size: ActivationGroupSize = None,
+    symmetric: Symmetric = True,
+    weight_symmetric: WeightSymmetric = None,
+    activation_symmetric: ActivationSymmetric = None,
+    scale_dtype: ScaleDtype = "float16",
+    plan: Plan = None,
+    weights: Annotated[
+        str, typer.Option(help="How weights are rounded: gptq, mse or nearest.")
+    ] = "gptq",
+    calib_samples: Annotated[int, typer.Option(help="Calibration samples for GPTQ.")] = 256,
+    num_inference_steps: Steps = 20,
+    guidance_scale: Guidance = 1.5,
+    scheduler: Scheduler = None,
+    fid_samples: FidSamples = "auto",
+    fid_features: FidFeatures = None,
+    reference: Reference = None,
+    max_fid_increase: MaxFidIncrease = None,
+    dtype: Annotated[str, typer.Option(help="Compute type of the ONNX file.")] = "float32",
+    opset: Annotated[int, typer.Option(help="ONNX opset, 21 … 24.")] = 21,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write. Default: build/<model>-<bits>.", show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on from a killed run, or start over.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan, sizes and time estimate; write nothing.")
+    ] = False,
+    config: Config = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> int:
+    from .engines import export_job
+
+    options = build_options(ExportOptions, _settings(context, ExportOptions, config))
+    with _terminal(verbose, quiet) as terminal:
+        if dry_run:
+            Console().print(export_job.dry_run(options, terminal))
+            return 0
+        passed = export_job.run_export(options, command_line(), terminal)
+    return 0 if passed else GATE_FAILED
+
+
+def _validate(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder that qdit-export wrote.")],
+    num_inference_steps: Steps = 20,
+    guidance_scale: Guidance = 1.5,
+    scheduler: Scheduler = None,
+    fid_samples: FidSamples = "auto",
+    fid_features: FidFeatures = None,
+    reference: Reference = None,
+    max_fid_increase: MaxFidIncrease = None,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Full-precision model, where the recorded place has moved."),
+    ] = None,
+    config: Config = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> int:
+    """Prove an exported folder again: parity and FID from fresh noise, report rewritten.
+
+    Example:
+
+      qdit-validate build/demo-w4a8 --fid-samples 256 --seed 1
+    """
+    from .engines import validate_job
+
+    options = build_options(ProofOptions, _settings(context, ProofOptions, config))
+    with _terminal(verbose, quiet) as terminal:
+        passed = validate_job.run_validate(folder, options, model, command_line(), terminal)
+    return 0 if passed else GATE_FAILED
+
+
+def _inspect(
+    artifact: Annotated[Path, typer.Argument(help="An exported folder, or an .onnx file.")],
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables.")
+    ] = False,
+    version: Version = False,
+) -> int:
+    """Show each linear's shape, bits, groups and bytes, totals, and what each target can run.
+
+    Example:
+
+      qdit-inspect build/demo-w4a8
+    """
+    from .engines import inspection
+
+    found = inspection.inspect_artifact(artifact)
+    if json_output:
+        typer.echo(inspection.as_json(found), nl=False)
+    else:
+        inspection.print_tables(found, Console())
+    return 0
+
+
+def _bench(
+    context: typer.Context,
+    source: Annotated[
+        str, typer.Argument(help="An exported folder, or a model such as random:DiT-XL/2.")
+    ],
+    bits: Bits = "w4a8",
+    group_size: GroupSize = "128",
+    activation_group_size: ActivationGroupSize = None,
+    symmetric: Symmetric = True,
+    weight_symmetric: WeightSymmetric = None,
+    activation_symmetric: ActivationSymmetric = None,
+    scale_dtype: ScaleDtype = "float16",
+    plan: Plan = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    blocks: Annotated[
+        int | None, typer.Option(help="Keep only the first N blocks.", show_default=False)
+    ] = None,
+    targets: Annotated[
+        str, typer.Option(help="What to time, separated by commas, side by side in one run.")
+    ] = "fp32,qdq,torch",
+    runs: Annotated[int, typer.Option(help="Timed runs of each target and batch.")] = 5,
+    threads: Threads = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the results; a plot goes beside it."),
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> int:
+    """Time targets side by side in one run: latency, images a second, peak memory, file sizes.
+
+    Examples:
+
+      qdit-bench build/demo-w4a8 --batch 1,8
+
+      qdit-bench random:DiT-XL/2 --bits w4a8 --blocks 4 --targets fp32,qdq,torch --json xl.json
+    """
+    from .engines import bench_job
+
+    scheme = build_options(SchemeOptions, _settings(context, SchemeOptions, None))
+    with _terminal(verbose, quiet) as terminal:
+        bench_job.run_bench(
+            source,
+            scheme,
+            batches=_numbers(batch),
+            blocks=blocks,
+            targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
+            runs=runs,
+            threads=threads,
+            device=device,
+            seed=seed,
+            json_file=json_file,
+            command=command_line(),
+            progress=terminal,
+        )
+    return 0
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"batch must be numbers such as 1,8, got {text!r}") from error
+    if min(numbers) < 1:
+        raise InputError(f"every batch size must be at least 1, got {text!r}")
+    return numbers
+
+
+def _terminal(verbose: bool, quiet: bool) -> Terminal:
+    return Terminal(0 if quiet else 2 if verbose else 1)
+
+
+def command_line() -> str:
+    """The command as it was typed, for reports."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _command(function: Callable[..., int], help_text: str | None = None) -> Callable[[], None]:
+    """A console entry: runs `function`, maps the project's errors to one line and an exit code."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(help=help_text)(function)
+
+    def entry() -> None:
+        try:
+            code = app(standalone_mode=False)
+        except QditError as error:
+            _fail(str(error))
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(130)
+        except KeyboardInterrupt:
+            _fail("interrupted; run the same command again to go on")
+            sys.exit(130)
+        except Exception as error:
+            if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+                raise
+            _fail(error.format_message())  # click's own usage errors
+            sys.exit(2)
+        sys.exit(code or 0)
+
+    return entry
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True, highlight=False).print(f"error: {message}", markup=False, soft_wrap=True)
+
+
+export_command = _command(_export, _EXPORT_EXAMPLES)
+validate_command = _command(_validate)
+inspect_command = _command(_inspect)
+bench_command = _command(_bench)
