@@ -46,9 +46,7 @@ def test_an_untouched_copy_passes(checkout: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize(
-    ("above", "below"), pairwise(FLOORS), ids=lambda name: name
-)
+@pytest.mark.parametrize(("above", "below"), pairwise(FLOORS), ids=lambda name: name)
 def test_an_import_of_the_floor_above_is_caught(checkout: Path, above: str, below: str) -> None:
     file = module_file(checkout, below)
     dots = ".." if file.name == "__init__.py" else "."

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import qdit
 
 if sys.version_info >= (3, 11):
