@@ -1,0 +1,122 @@
+"""GPTQ's inner loop: quantize the columns of one block one after the other.
+
+Everything is laid out transposed, [columns, N], so that a column of W is contiguous. The loop does
+a handful of in-place operations a column and never reads a value back, so on CUDA it is captured
+once per shape as a CUDA graph and replayed: the same kernels in the same order as the eager loop,
+without their launch cost (GPTQ on DiT-XL/2 quantizes 258,048 columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .quantizers import IntegerRange, best_clipping, range_parameters
+from .schemes import LayerScheme
+
+
+@dataclass(frozen=True)
+class LoopShape:
+    """What a captured loop depends on: `width` columns of N = `rows` weights, groups of `group`.
+
+    `group` is the number of columns that share a scale, or None when the caller gives the scale
+    (the group is larger than the block).
+    """
+
+    width: int
+    rows: int
+    group: int | None
+    scheme: LayerScheme
+    clipped: bool
+
+
+def group_parameters(columns: Tensor, scheme: LayerScheme, clipped: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [N] of one group `columns` [g, N], as floats of the stored precision.
+
+    `clipped` shrinks the range to the ratio of least squared error (`best_clipping`).
+    """
+    if clipped:
+        low, high = best_clipping(columns.t().unsqueeze(1), scheme)
+        low, high = low.flatten(), high.flatten()
+    else:
+        low, high = columns.aminmax(dim=0)
+    return range_parameters(
+        low, high, scheme.weight_bits, scheme.weight_symmetric, scheme.scale_dtype
+    )
+
+
+class ColumnLoop:
+    """Buffers of one block and the loop over them: fill the inputs, `run()`, read the outputs.
+
+    Inputs: columns [width, N] (changed by the run), factor [width, width], and scale, zero_point
+    [1, N] when the shape has no group. Outputs: values [width, N] (integers q), errors [width, N]
+    (w − ŵ of each column at its turn), scale and zero_point [width / group, N].
+    """
+
+    def __init__(self, shape: LoopShape, like: Tensor) -> None:
+        self.shape = shape
+        groups = 1 if shape.group is None else shape.width // shape.group
+        self.columns, self.values, self.errors = (
+            like.new_ones(shape.width, shape.rows) for _ in range(3)
+        )
+        self.scale, self.zero_point = (like.new_ones(groups, shape.rows) for _ in range(2))
+        self.factor = torch.eye(shape.width, dtype=like.dtype, device=like.device)
+        self.run: Callable[[], None] = self._capture() if like.is_cuda else self._run
+
+    def _run(self) -> None:
+        shape, scheme = self.shape, self.shape.scheme
+        integers = IntegerRange.of(scheme.weight_bits, scheme.weight_symmetric)
+        size = shape.group or shape.width
+        for start in range(0, shape.width, size):
+            scale, zero_point = self.scale[start // size], self.zero_point[start // size]
+            if shape.group is not None:
+                found = group_parameters(self.columns[start : start + size], scheme, shape.clipped)
+                scale.copy_(found[0])
+                zero_point.copy_(found[1])
+            for i in range(start, start + size):
+                self._quantize_column(i, scale, zero_point, integers)
+
+    def _quantize_column(
+        self, i: int, scale: Tensor, zero_point: Tensor, integers: IntegerRange
+    ) -> None:
+        """The steps of `quantizers.quantize`, in place, then the update of the columns after i."""
+        column, value, error = self.columns[i], self.values[i], self.errors[i]
+        torch.div(column, scale, out=value)
+        value.round_()
+        if self.shape.scheme.weight_symmetric:
+            value.clamp_(integers.low, integers.high)
+            torch.addcmul(column, value, scale, value=-1, out=error)
+        else:
+            value.add_(zero_point).clamp_(integers.low, integers.high)
+            torch.sub(value, zero_point, out=error)
+            torch.addcmul(column, error, scale, value=-1, out=error)
+        if i + 1 < self.shape.width:
+            self.columns[i + 1 :].addr_(self.factor[i, i + 1 :], error, alpha=-1)
+
+    def _capture(self) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # a first run outside loads kernels, which capture forbids
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph.replay
+
+
+class ColumnLoops:
+    """Column loops by shape, built on first use; kept for a whole model, captures are reused."""
+
+    def __init__(self) -> None:
+        self._loops: dict[tuple[LoopShape, torch.dtype, torch.device], ColumnLoop] = {}
+
+    def of(self, shape: LoopShape, like: Tensor) -> ColumnLoop:
+        """The loop of this shape in the dtype and on the device of `like`."""
+        key = (shape, like.dtype, like.device)
+        if key not in self._loops:
+            self._loops[key] = ColumnLoop(shape, like)
+        return self._loops[key]
