@@ -38,18 +38,26 @@ class Family(Protocol):
 
     name: str
     output_name: str
+    class_names: tuple[str, ...]  # the diffusers classes it covers, for messages
 
     def matches(self, config: dict[str, Any]) -> bool:
         """Whether a diffusers config.json describes a model of this family."""
 
     def build(self, config: dict[str, Any]) -> nn.Module:
-        """A denoiser of this config with unset or random weights, on the default device."""
+        """A denoiser of this config in eval mode, weights unset or random, on the default device.
+
+        Under `torch.device("meta")` only the parameters are meta: buffers that the config decides
+        (positional embeddings) are real, so that assigning parameters completes the module.
+        """
 
     def tie_shared_modules(self, denoiser: nn.Module) -> None:
-        """Make modules that hold equal weights in every block one object (memory, one compute)."""
+        """Make modules that hold equal weights in every block one object (memory, one compute).
+
+        Meta tensors have no values to differ in: on the meta device such modules are always tied.
+        """
 
     def keep_blocks(self, denoiser: nn.Module, count: int) -> None:
-        """Drop all blocks after the first `count` (for benchmarks)."""
+        """Drop all blocks after the first `count` (for benchmarks); the config follows."""
 
     def blocks(self, denoiser: nn.Module) -> Sequence[nn.Module]:
         """The transformer blocks in order."""
