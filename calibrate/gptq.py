@@ -91,7 +91,7 @@ def solve(
     if not scheme.quantizes_weights:
         raise InputError("GPTQ needs weight bits below 16, got 16; leave the linear as it is")
     n, k = weight.shape
-    scheme.check_fits("the weight", k)
+    scheme.weight_only().check_fits("the weight", k)
     group = scheme.weight_group_size(k)
     columns = weight.t().to(factor.rows.dtype, copy=True, memory_format=torch.contiguous_format)
     columns.masked_fill_(factor.dead.unsqueeze(1), 0)
