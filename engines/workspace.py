@@ -51,6 +51,10 @@ class Workspace:
         self.timings[step] = state["seconds"]
         return folder
 
+    def forget(self, step: str) -> None:
+        """Make the next `run` of this step start from an empty folder."""
+        shutil.rmtree(self.folder / step, ignore_errors=True)
+
     def _run_timed(self, folder: Path, state: dict[str, Any], work: Callable[[Path], None]) -> None:
         write_json(folder / _MARKER, state)
         started = time.perf_counter()

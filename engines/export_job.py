@@ -1,0 +1,223 @@
+"""`qdit-export`: from a trained model to a verified ONNX file, in steps that survive a kill."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibrate.blockwise import quantize_model
+from ..calibrate.checkpoint import QuantizedCheckpoint
+from ..calibrate.model import DiffusionModel
+from ..calibrate.plan import QuantizationPlan
+from ..calibrate.sources import load_model
+from ..calibrate.trajectories import CalibrationSet, collect_calibration_set
+from ..errors import InputError, StepError
+from ..export.capabilities import check as check_capabilities
+from ..export.qdq import export_qdq
+from ..progress import Progress
+from .options import ExportOptions
+from .workspace import Workspace
+
+ONNX_NAME = "model.onnx"
+_BATCH = {"cpu": 16, "cuda": 64}
+CALIBRATION_FILE = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the steps of one export share."""
+
+    options: ExportOptions
+    model: DiffusionModel
+    plan: QuantizationPlan
+    workspace: Workspace
+    progress: Progress
+
+    @property
+    def output(self) -> Path:
+        return self.workspace.output
+
+    @property
+    def batch_size(self) -> int:
+        return self.options.batch_size or _BATCH[self.model.device.type]
+
+
+def resolve_device(name: str) -> str:
+    """'auto' → 'cuda' where there is one; a device that is not there is an `InputError`."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); "
+            "use --device cpu"
+        )
+    return name
+
+
+def default_output(options: ExportOptions, model: DiffusionModel) -> Path:
+    """build/<model>-<bits>, the model's name made fit for a folder."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in model.name).strip("-.")
+    return Path("build") / f"{safe}-{options.bits}"
+
+
+def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel, QuantizationPlan]:
+    """Load the model, build the plan and refuse what no step later could do."""
+    device = resolve_device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model = load_model(options.model, device=device, seed=options.seed)
+    plan = options.plan_for(model)
+    refusals = check_capabilities(plan, model.linears, "qdq")
+    if refusals:
+        first = refusals[0]
+        raise InputError(f"target qdq cannot run {first.layer}: {first.reason}")
+    progress.say(
+        f"{model.name}: {model.parameter_count() / 1e6:.1f} M parameters on {device}, "
+        f"{len(model.linears)} linears to {options.bits} "
+        f"({plan.effective_weight_bits(model.linears):.3f} effective weight bits)"
+    )
+    return model, plan
+
+
+def run_export(options: ExportOptions, command: str, progress: Progress) -> bool:
+    """Run the whole job; True when the gate passed. The report is written either way."""
+    from .proof_job import prove_and_report  # the proof needs ONNX Runtime; fail late, not early
+
+    model, plan = prepare(options, progress)
+    output = options.output or default_output(options, model)
+    _check_output(output)
+    job = Job(options, model, plan, Workspace(output, options.resume), progress)
+    checkpoint = quantize(job)
+    exported = export_onnx(job, checkpoint)
+    if job.workspace.reused:
+        progress.say(f"reused finished steps: {', '.join(job.workspace.reused)}")
+    # quantization replaced the linears of the loaded model: take the full-precision one afresh
+    full = load_model(options.model, device=str(model.device), seed=options.seed)
+    return prove_and_report(
+        full, checkpoint, exported, options, job.workspace, command, job.batch_size, progress
+    )
+
+
+def quantize(job: Job) -> QuantizedCheckpoint:
+    """Calibrate and quantize; the checkpoint lands in the output folder."""
+    inputs = _quantize_inputs(job)
+    calibration_folder = _calibrate(job) if job.options.weights == "gptq" else None
+
+    def work(folder: Path) -> None:
+        calibration = None
+        if calibration_folder is not None:
+            calibration = CalibrationSet.read(calibration_folder / CALIBRATION_FILE)
+        result = quantize_model(
+            job.model,
+            job.plan,
+            job.options.weights,
+            calibration,
+            batch_size=job.batch_size,
+            device=job.model.device,
+            progress=job.progress,
+            folder=folder,
+        )
+        QuantizedCheckpoint.from_result(
+            job.model,
+            job.plan,
+            result.weights,
+            provenance=_provenance(job),
+            metrics={name: vars(error) for name, error in result.errors.items()},
+        ).write(job.output)
+
+    job.workspace.run("quantize", inputs, work)
+    return _read_or_redo(job, inputs, work)
+
+
+def _read_or_redo(job: Job, inputs: dict[str, Any], work: Any) -> QuantizedCheckpoint:
+    """Read the checkpoint; where a finished one was deleted or damaged, make it again."""
+    try:
+        return QuantizedCheckpoint.read(job.output)
+    except InputError as error:
+        job.progress.say(f"the checkpoint in {job.output} is not usable ({error}); making it again")
+        job.workspace.forget("quantize")
+        job.workspace.run("quantize", inputs, work)
+        return QuantizedCheckpoint.read(job.output)
+
+
+def _calibrate(job: Job) -> Path:
+    options = job.options
+    inputs = {
+        "model": vars(job.model.source),
+        "sampling": vars(options.sampling()),
+        "samples": options.calib_samples,
+        "batch": job.batch_size,
+    }
+
+    def work(folder: Path) -> None:
+        collect_calibration_set(
+            job.model,
+            options.sampling(),
+            options.calib_samples,
+            batch_size=job.batch_size,
+            device=job.model.device,
+            progress=job.progress,
+            folder=folder,
+        ).write(folder / CALIBRATION_FILE)
+
+    return job.workspace.run("calibration set", inputs, work)
+
+
+def export_onnx(job: Job, checkpoint: QuantizedCheckpoint) -> Path:
+    """Write and check `model.onnx`."""
+    path = job.output / ONNX_NAME
+    inputs = _quantize_inputs(job) | {"dtype": job.options.dtype, "opset": job.options.opset}
+
+    def work(folder: Path) -> None:
+        try:
+            export_qdq(
+                checkpoint,
+                path,
+                dtype=job.options.dtype,
+                opset=job.options.opset,
+                progress=job.progress,
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            raise StepError(f"the ONNX export of {checkpoint.manifest.model} failed") from error
+
+    if not path.exists():
+        job.workspace.forget("onnx")
+    job.workspace.run("onnx", inputs, work)
+    return path
+
+
+def _quantize_inputs(job: Job) -> dict[str, Any]:
+    options = job.options
+    inputs: dict[str, Any] = {
+        "model": vars(job.model.source),
+        "plan": job.plan.to_json(),
+        "weights": options.weights,
+    }
+    if options.weights == "gptq":
+        inputs |= {"sampling": vars(options.sampling()), "samples": options.calib_samples}
+    return inputs
+
+
+def _provenance(job: Job) -> dict[str, Any]:
+    options = job.options
+    provenance: dict[str, Any] = {"weights": options.weights, "seed": options.seed}
+    if options.weights == "gptq":
+        provenance["calibration"] = vars(options.sampling()) | {"samples": options.calib_samples}
+    return provenance
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"the output must be a folder, got the file {output}; choose another")
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"no permission to write in {parent}; choose another --output")

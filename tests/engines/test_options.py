@@ -1,0 +1,97 @@
+"""Options: what is refused, what overrides what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qdit.engines.options import ExportOptions, SchemeOptions, build_options, read_config
+from qdit.errors import InputError
+
+
+def test_the_activation_group_follows_the_weight_group() -> None:
+    assert SchemeOptions(group_size=64).scheme().activation_group == 64
+    assert SchemeOptions(group_size="channel").scheme().activation_group == "token"
+    assert SchemeOptions(group_size=64, activation_group_size="token").scheme().weight_group == 64
+
+
+def test_one_side_can_be_asymmetric() -> None:
+    scheme = SchemeOptions(symmetric=False, activation_symmetric=True).scheme()
+    assert (scheme.weight_symmetric, scheme.activation_symmetric) == (False, True)
+
+
+def test_16_16_is_a_preset() -> None:
+    scheme = SchemeOptions(bits="16/16").scheme()
+    assert not scheme.quantizes_weights
+    assert not scheme.quantizes_activations
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"bits": "w5a8"}, r"bits must be one of w8a8, .*got 'w5a8'"),
+        ({"colour": 1}, r"unknown option 'colour'; the options are .*bits"),
+        ({"num_inference_steps": 0}, r"num-inference-steps: .*greater than or equal to 1, got 0"),
+        ({"weights": "awq"}, r"weights: .*'gptq', 'mse' or 'nearest', got 'awq'"),
+        ({"dtype": "bfloat16"}, r"dtype: .*'float32' or 'float16', got 'bfloat16'"),
+        ({"guidance_scale": 0.5}, r"guidance-scale: .*got 0.5"),
+        ({"fid_samples": -1}, r"fid-samples: .*got -1"),
+        ({"reference": "/nowhere.npz"}, r"no such file: /nowhere.npz"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_values_get_one_line(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        build_options(ExportOptions, values)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"group_size": 48}, "weight group must be one of 32, .*channel, got 48"),
+        ({"activation_group_size": 33}, "activation group must be one of 32, .*token, got 33"),
+    ],
+    ids=["weight", "activation"],
+)
+def test_bad_groups_are_refused_by_the_scheme(values: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_options(SchemeOptions, values).scheme()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.toml", 'bits = "w8a8"\ngroup-size = 64\n'),
+        ("c.json", '{"bits": "w8a8", "group_size": 64}'),
+    ],
+    ids=["toml", "json"],
+)
+def test_config_files_take_flag_names(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    options = build_options(ExportOptions, read_config(path))
+    assert (options.bits, options.group_size) == ("w8a8", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.yaml", "bits: w8a8", "must end in .toml or .json"),
+        ("c.toml", "bits = ", "is not valid TOML"),
+        ("c.json", "{", "is not valid JSON"),
+        ("c.json", "[1]", "must hold one table of options, got list"),
+    ],
+    ids=["suffix", "toml", "json", "list"],
+)
+def test_bad_config_files(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_config(path)
+
+
+def test_a_missing_config_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the config file"):
+        read_config(tmp_path / "none.toml")
