@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ..diffusers_logs import silence_needless_warnings
 from ..plan import LinearSpec, Role
 from .base import BlockInputs, Family, InputSpec
 
@@ -76,6 +77,7 @@ class DiTFamily:
         """
         from diffusers import DiTTransformer2DModel  # seconds to import: only when a model is made
 
+        silence_needless_warnings()
         known = _checked(config)
         shift = known.pop(FREQUENCY_SHIFT)
         denoiser: Any = DiTTransformer2DModel(**known).eval().requires_grad_(False)

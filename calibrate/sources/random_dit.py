@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -52,7 +53,11 @@ def load(
     if blocks is not None:
         family.keep_blocks(denoiser, blocks)
     family.tie_shared_modules(denoiser)
-    fill_parameters(denoiser, lambda name, parameter: _draw(name, parameter.shape, seed))
+    shapes = {name: parameter.shape for name, parameter in denoiser.named_parameters()}
+    with ThreadPoolExecutor() as pool:  # torch draws outside the interpreter's lock
+        drawn = pool.map(lambda name: _draw(name, shapes[name], seed), shapes)
+        values = dict(zip(shapes, drawn, strict=True))
+    fill_parameters(denoiser, lambda name, _: values.pop(name))
     denoiser.to(device)
     return DiffusionModel(
         name=source,

@@ -1,0 +1,53 @@
+"""diffusers schedulers by config and class name, checked for what sampling here can honour."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import InputError
+
+DEFAULT_SCHEDULER = "DDIMScheduler"
+
+
+def make_scheduler(scheduler_config: dict[str, Any], name: str | None = None) -> Any:
+    """A fresh diffusers scheduler of class `name`, else of the config's own class, else DDIM.
+
+    Any of diffusers' interchangeable (Karras) schedulers will do; one class reads another's config.
+    Raises `InputError` for an unknown class, and for a learned variance: sampling here drops the
+    learned sigma (as DDIM and the ODE solvers do), so such a step could not be taken.
+    """
+    import diffusers
+    from diffusers.schedulers import KarrasDiffusionSchedulers
+
+    class_name = name or scheduler_config.get("_class_name") or DEFAULT_SCHEDULER
+    known = sorted(member.name for member in KarrasDiffusionSchedulers)
+    if class_name not in known:
+        raise InputError(f"the scheduler must be one of {', '.join(known)}, got {class_name!r}")
+    variance = scheduler_config.get("variance_type")
+    if variance in ("learned", "learned_range"):
+        raise InputError(
+            f"the scheduler's variance_type must not be learned, got {variance!r}; "
+            f"use 'fixed_small' or {DEFAULT_SCHEDULER}"
+        )
+    try:
+        return getattr(diffusers, class_name).from_config(scheduler_config)
+    except (TypeError, ValueError, NotImplementedError, ImportError) as error:
+        raise InputError(f"cannot make a {class_name} of this config: {error}") from error
+
+
+def set_steps(scheduler: Any, num_inference_steps: int) -> list[int]:
+    """Prepare `scheduler` for so many steps; the original timesteps (0 … 999) it will visit.
+
+    Some schedulers visit more timesteps than steps asked for (Heun). Raises `InputError` where a
+    timestep is not whole: the denoisers take integers.
+    """
+    scheduler.set_timesteps(num_inference_steps)
+    values = [float(value) for value in scheduler.timesteps]
+    for value in values:
+        if not value.is_integer():
+            raise InputError(
+                f"timesteps must be whole numbers, got {value:.3f} from "
+                f"{type(scheduler).__name__} with {num_inference_steps} steps; "
+                f"use timestep_spacing 'leading' or {DEFAULT_SCHEDULER}"
+            )
+    return [int(value) for value in values]
