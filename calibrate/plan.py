@@ -71,6 +71,18 @@ class QuantizationPlan:
             "layers": {name: scheme.to_json() for name, scheme in self.layers.items()},
         }
 
+    @classmethod
+    def from_json(cls, value: object) -> QuantizationPlan:
+        """The inverse of `to_json`: nothing may be missing or unknown. Raises `InputError`."""
+        if not isinstance(value, dict) or set(value) != {"version", "bits", "layers"}:
+            raise InputError("a full plan must be a JSON object of version, bits and layers")
+        if value["version"] != PLAN_VERSION or isinstance(value["version"], bool):
+            raise InputError(f"plan version must be {PLAN_VERSION}, got {value['version']!r}")
+        if not isinstance(value["bits"], str) or not isinstance(value["layers"], dict):
+            raise InputError("'layers' must be a JSON object and 'bits' a string in a plan")
+        layers = {name: _layer(name, scheme) for name, scheme in value["layers"].items()}
+        return cls(value["bits"], layers)
+
     def write(self, path: Path) -> None:
         """Write as JSON that `--plan` reads back."""
         write_json(path, self.to_json())
@@ -101,6 +113,13 @@ class QuantizationPlan:
             )
             count += spec.weight_count
         return bits / count
+
+
+def _layer(name: str, value: object) -> LayerScheme:
+    try:
+        return LayerScheme.from_json(value)
+    except InputError as error:
+        raise InputError(f"the plan's layer {name}: {error}") from error
 
 
 def uniform_plan(bits: str, scheme: LayerScheme, linears: Sequence[LinearSpec]) -> QuantizationPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +17,24 @@ class QuantizedLinear(nn.Module):
     """y = Q_a(x) Ŵᵀ + b with dynamic group-wise Q_a. Input [..., K] → [..., N].
 
     The integers stay available as `quantized`; the dequantized matrix Ŵ [N, K] is a buffer
-    `weight` in the compute dtype, so `.to(dtype)` and `.to(device)` work as for `nn.Linear`.
+    `weight` in `dtype`, so `.to(dtype)` and `.to(device)` work as for `nn.Linear`.
+    Ŵ is computed in float32 (float64 for float64) and rounded to `dtype` once.
     """
 
     weight: Tensor
 
     def __init__(
-        self, scheme: LayerScheme, quantized: QuantizedWeight, bias: Tensor | None
+        self,
+        scheme: LayerScheme,
+        quantized: QuantizedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.scheme = scheme
         self.quantized = quantized
-        self.register_buffer("weight", quantized.dequantize(), persistent=False)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.register_buffer("weight", quantized.dequantize(wide).to(dtype), persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @property
@@ -70,13 +77,26 @@ def install_quantized_linears(
     denoiser: nn.Module,
     schemes: Mapping[str, LayerScheme],
     weights: Mapping[str, QuantizedWeight],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Replace every linear that has quantized weights by its simulation, in place."""
-    for name, quantized in weights.items():
-        linear = denoiser.get_submodule(name)
-        bias = getattr(linear, "bias", None)
-        device = next(iter(linear.parameters())).device
-        replace_linear(denoiser, name, QuantizedLinear(schemes[name], quantized.to(device), bias))
+    """Replace every linear that has quantized weights by its simulation, in place.
+
+    `device` and `dtype` are the replaced linear's own by default; one whose weight is on the meta
+    device takes the device of its quantized weights. `weights` is asked for one weight at a time.
+    """
+    for name in weights:
+        linear: Any = denoiser.get_submodule(name)  # nn.Linear or one of the classes above
+        if isinstance(linear, QuantizedInputLinear):
+            linear = linear.linear
+        old: Tensor = linear.weight
+        quantized = weights[name]
+        target = device or (quantized.values.device if old.is_meta else old.device)
+        replacement = QuantizedLinear(
+            schemes[name], quantized.to(target), linear.bias, dtype or old.dtype
+        )
+        replace_linear(denoiser, name, replacement)
 
 
 def output_dtype(denoiser: nn.Module) -> torch.dtype:
