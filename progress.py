@@ -54,7 +54,7 @@ class Terminal(AbstractContextManager["Terminal"]):
         self.verbosity = verbosity
         self.console = Console(stderr=True, highlight=False, quiet=verbosity == 0)
         self._bars = RichBars(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -86,9 +86,10 @@ class Terminal(AbstractContextManager["Terminal"]):
         yield from self._bars.track(items, task_id=task, total=total)
 
     def say(self, message: str) -> None:
-        self.console.print(message)
+        # messages hold paths and shapes: brackets are no markup, and lines must not be broken
+        self.console.print(message, markup=False, soft_wrap=True)
 
     def detail(self, message: str) -> None:
         """Shown only with -v."""
         if self.verbosity > 1:
-            self.console.print(f"[dim]{message}")
+            self.console.print(message, style="dim", markup=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import atomic_path, write_text
+from ..progress import Progress, Silent
 from .checkpoint_layout import quantized_linears
 from .checkpoint_make import CheckpointParts, make_parts, write_contents
 from .checkpoint_manifest import MANIFEST_NAME, Provenance
@@ -43,6 +44,8 @@ class QuantizedCheckpoint(CheckpointParts):
         weights: Mapping[str, QuantizedWeight],
         provenance: Mapping[str, Any],
         metrics: Mapping[str, Any],
+        *,
+        progress: Progress | None = None,
     ) -> QuantizedCheckpoint:
         """The checkpoint of `model` whose linears became `weights` by `plan`.
 
@@ -50,14 +53,16 @@ class QuantizedCheckpoint(CheckpointParts):
         between equal runs (times, temporary paths) does not belong there. Shared modules of
         `model.denoiser` are tied. Raises `InputError` if the parts do not fit together.
         """
-        return cls(**vars(make_parts(model, plan, weights, provenance, metrics)))
+        return cls(
+            **vars(make_parts(model, plan, weights, provenance, metrics, progress or Silent()))
+        )
 
     @classmethod
     def read(cls, folder: Path | str) -> QuantizedCheckpoint:
         """Open a checkpoint folder. Raises the `ArtifactError` that names what is wrong with it."""
         return cls(**vars(read_parts(Path(folder))))
 
-    def write(self, folder: Path | str) -> None:
+    def write(self, folder: Path | str, *, progress: Progress | None = None) -> None:
         """Write the two files into `folder`, beside whatever else lies there.
 
         The manifest goes last and an old one goes before its tensors are replaced, so a write cut
@@ -67,7 +72,13 @@ class QuantizedCheckpoint(CheckpointParts):
         with atomic_path(Path(folder) / self.manifest.weights.file) as temporary:
             with temporary.open("wb") as handle:
                 written = write_contents(
-                    handle, self.plan, self.linears, self.weights, self.parameters
+                    handle,
+                    self.plan,
+                    self.linears,
+                    self.weights,
+                    self.parameters,
+                    progress or Silent(),
+                    "writing weights",
                 )
             if written.sha256 != self.manifest.weights.sha256:
                 raise InputError(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files import canonical_json
+from ..progress import Progress
 from .checkpoint_layout import (
     check_weight,
     encode_part,
@@ -70,6 +71,7 @@ def make_parts(
     weights: Mapping[str, QuantizedWeight],
     provenance: Mapping[str, Any],
     metrics: Mapping[str, Any],
+    progress: Progress,
 ) -> CheckpointParts:
     """The parts of a checkpoint of `model` quantized by `plan`; see `QuantizedCheckpoint`."""
     family = model.family
@@ -90,7 +92,9 @@ def make_parts(
     }
     ordered = {spec.name: weights[spec.name] for spec in quantized_linears(plan, linears)}
     plan = plan_in_order(plan, linears)
-    written = write_contents(_Nowhere(), plan, linears, ordered, parameters)
+    written = write_contents(
+        _Nowhere(), plan, linears, ordered, parameters, progress, "packing weights"
+    )
     manifest = Manifest(
         format=FORMAT,
         version=SCHEMA_VERSION,
@@ -112,7 +116,7 @@ def linear_entries(linears: list[LinearSpec]) -> tuple[LinearEntry, ...]:
             name=spec.name,
             in_features=spec.in_features,
             out_features=spec.out_features,
-            has_bias=spec.has_bias,
+            has_bias=bool(spec.has_bias),
         )
         for spec in linears
     )
@@ -129,6 +133,8 @@ def write_contents(
     linears: list[LinearSpec],
     weights: Mapping[str, QuantizedWeight],
     parameters: Mapping[str, Tensor],
+    progress: Progress,
+    description: str,
 ) -> Written:
     """Write the tensor file, packing one weight at a time."""
     entries = {name: TensorEntry.of(value) for name, value in parameters.items()}
@@ -146,7 +152,7 @@ def write_contents(
         linear, scheme, part = parts[name]
         return encode_part(weights[linear], scheme, part)
 
-    return write_tensors(handle, entries, tensor)
+    return write_tensors(handle, entries, tensor, progress, description)
 
 
 def _check_weights(

@@ -16,6 +16,9 @@ from .simulate import replace_linear
 
 # SD3's table of 192×192 positions by 1536 channels, the largest of a published DiT, has 216 MiB.
 MAX_BUFFER_BYTES = 1 << 28
+# FLUX, the deepest published DiT, has 57 blocks; a scheduler's tables have an entry a training step.
+MAX_LAYERS = 512
+MAX_SCHEDULER_INTEGER = 1_000_000
 
 
 def outline(family: Family, config: dict[str, Any], tensor_count: int) -> nn.Module:
@@ -24,10 +27,12 @@ def outline(family: Family, config: dict[str, Any], tensor_count: int) -> nn.Mod
     `tensor_count` is what the tensor file holds: no more layers than that can be meant, and
     building them is the one cost that fake tensors leave. Raises `InvalidConfigError`.
     """
+    most = min(tensor_count, MAX_LAYERS)
     for key, value in config.items():
-        if key.endswith("layers") and isinstance(value, int) and value > tensor_count:
+        if key.endswith("layers") and isinstance(value, int) and value > most:
             raise InvalidConfigError(
-                f"the config's {key} must be at most the {tensor_count} tensors stored, got {value}"
+                f"the config's {key} must be at most {most}, for {tensor_count} stored tensors, "
+                f"got {value}"
             )
     if not family.matches(config):
         raise InvalidConfigError(
@@ -45,6 +50,15 @@ def outline(family: Family, config: dict[str, Any], tensor_count: int) -> nn.Mod
             f"the config's fixed tables may take {MAX_BUFFER_BYTES} bytes, they take {buffers}"
         )
     return denoiser
+
+
+def check_scheduler_config(config: Mapping[str, Any]) -> None:
+    """Raise `InvalidConfigError` for integers that would make a scheduler build huge tables."""
+    for key, value in config.items():
+        if isinstance(value, int) and abs(value) > MAX_SCHEDULER_INTEGER:
+            raise InvalidConfigError(
+                f"the scheduler config's {key} must be at most {MAX_SCHEDULER_INTEGER}, got {value}"
+            )
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from .checkpoint_layout import (
 )
 from .checkpoint_make import CheckpointParts, linear_entries, plan_in_order
 from .checkpoint_manifest import MANIFEST_NAME, Manifest, WeightsEntry, parse_manifest
-from .checkpoint_model import apply_ties, outline, stored_shapes
+from .checkpoint_model import apply_ties, check_scheduler_config, outline, stored_shapes
 from .families import family_named
 from .families.base import Family
 from .plan import LinearSpec, QuantizationPlan
@@ -38,6 +39,7 @@ from .tensor_file import TensorFile, read_entries
 
 # DiT-XL/2's manifest has 0.1 MB.
 MAX_MANIFEST_BYTES = 16 << 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 def read_parts(folder: Path) -> CheckpointParts:
@@ -45,6 +47,13 @@ def read_parts(folder: Path) -> CheckpointParts:
 
     Raises the `ArtifactError` that names the first broken rule.
     """
+    try:
+        return _read(folder)
+    except OSError as error:
+        raise MissingFileError(f"{folder} cannot be read: {error}") from error
+
+
+def _read(folder: Path) -> CheckpointParts:
     manifest_path = _file_in(folder, MANIFEST_NAME)
     size = manifest_path.stat().st_size
     if size > MAX_MANIFEST_BYTES:
@@ -56,6 +65,7 @@ def read_parts(folder: Path) -> CheckpointParts:
     _check_size(path, manifest.weights)
     entries = read_entries(path)
     family = _family(manifest, manifest_path)
+    check_scheduler_config(manifest.model.scheduler_config)
     denoiser = outline(family, manifest.model.config, len(entries))
     linears = family.linears(denoiser)
     _check_linears(manifest, linears, manifest_path)
@@ -82,10 +92,10 @@ def read_parts(folder: Path) -> CheckpointParts:
 
 def _file_in(folder: Path, name: str) -> Path:
     """The regular file `name` directly in `folder`, never a path out of it."""
-    if not name or name in (".", "..") or any(mark in name for mark in "/\\\0:"):
+    if not _PLAIN_NAME.fullmatch(name):
         raise UnsafePathError(
-            f"a checkpoint's file must be named without a path, got {name!r}; "
-            f"it lies beside {MANIFEST_NAME}"
+            f"a checkpoint's file must have a plain name of letters, digits, '.', '_' and '-' "
+            f"without a path, got {name[:80]!r}; it lies beside {MANIFEST_NAME}"
         )
     path = folder / name
     if path.is_symlink() and path.resolve().parent != folder.resolve():

@@ -34,8 +34,8 @@ def _choices(values: tuple[Any, ...]) -> str:
 
 
 def _check_member(what: str, value: object, allowed: tuple[Any, ...]) -> None:
-    # bool is an int in Python: `True` must not pass as 1
-    if isinstance(value, bool) or value not in allowed:
+    # True == 1 and 4.0 == 4 in Python: neither a bool nor a float may pass as a number of bits
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
         raise InputError(f"{what} must be one of {_choices(allowed)}, got {value!r}")
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..progress import Progress, Silent
 from .artifact_errors import (
     FileTooLargeError,
     InvalidHeaderError,
@@ -34,6 +35,7 @@ from .strict_json import parse_json_object
 MAX_HEADER_BYTES = 16 << 20
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
+_SILENT = Silent()
 DTYPE_BYTES = {"F32": 4, "F16": 2, "U8": 1}
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -98,7 +100,11 @@ def file_size(entries: Mapping[str, TensorEntry]) -> int:
 
 
 def write_tensors(
-    handle: Sink, entries: Mapping[str, TensorEntry], tensor: Callable[[str], Tensor]
+    handle: Sink,
+    entries: Mapping[str, TensorEntry],
+    tensor: Callable[[str], Tensor],
+    progress: Progress = _SILENT,
+    description: str = "writing tensors",
 ) -> Written:
     """Write the tensors that `tensor(name)` gives, one at a time, and return size and hash."""
     digest = hashlib.sha256()
@@ -111,7 +117,7 @@ def write_tensors(
         size += len(data)
 
     put(header_bytes(entries))
-    for name in stored_order(entries):
+    for name in progress.track(stored_order(entries), description, total=len(entries)):
         value = tensor(name)
         if TensorEntry.of(value) != entries[name]:
             raise ValueError(f"tensor {name} is {TensorEntry.of(value)}, announced {entries[name]}")
@@ -220,9 +226,12 @@ class TensorFile:
     def __init__(self, path: Path, entries: Mapping[str, TensorEntry]) -> None:
         self.path = path
         self.entries = entries
-        self._handle = safe_open(str(path), framework="pt")
+        try:
+            self._handle = safe_open(str(path), framework="pt")
+        except Exception as error:  # SafetensorError is no public name in all supported versions
+            raise InvalidHeaderError(f"{path} is no safetensors file: {error}") from error
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, in its stored dtype, on the CPU."""
+        """A copy of the tensor `name`, in its stored dtype, on the CPU."""
         tensor: Tensor = self._handle.get_tensor(name)
-        return tensor
+        return tensor.clone()  # the mapping itself is shared by all reads of this name
