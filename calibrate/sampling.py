@@ -124,7 +124,7 @@ class _Trajectory:
         noise = initial_noise(indices, model.sample_shape, settings.seed).to(device)
         self.x: Tensor = noise * float(self.scheduler.init_noise_sigma)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def step(self, position: int, on_step: OnStep | None) -> None:
         """Predict the noise at this step's timestep and let the scheduler move `x`."""
         timestep = self.timesteps[position]
@@ -164,7 +164,7 @@ def _step_options(scheduler: Any, indices: Sequence[int], seed: int) -> dict[str
     return {"generator": [torch.Generator().manual_seed(int(value[0])) for value in seeds]}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode_images(
     model: DiffusionModel,
     samples: Tensor,
@@ -190,6 +190,7 @@ def decode_images(
     batches = samples.split(batch_size)
     images = []
     for batch in (progress or Silent()).track(batches, "decoding", total=len(batches)):
-        latents = batch.to(device=vae.device, dtype=vae.dtype) / vae.config.scaling_factor
+        # times the reciprocal, as diffusers' pipeline does: the same bits
+        latents = batch.to(device=vae.device, dtype=vae.dtype) * (1 / vae.config.scaling_factor)
         images.append(vae.decode(latents).sample.float().cpu().clamp(-1, 1))
     return torch.cat(images)
