@@ -16,8 +16,9 @@ from .simulate import replace_linear
 
 # SD3's table of 192×192 positions by 1536 channels, the largest of a published DiT, has 216 MiB.
 MAX_BUFFER_BYTES = 1 << 28
-# FLUX, the deepest published DiT, has 57 blocks; a scheduler's tables have an entry a training step.
+# FLUX, the deepest published DiT, has 57 blocks.
 MAX_LAYERS = 512
+# Schedulers make tables with one entry a training step; 1000 is usual.
 MAX_SCHEDULER_INTEGER = 1_000_000
 
 

@@ -33,7 +33,9 @@ def pack(values: Tensor, bits: int, symmetric: bool) -> Tensor:
     if bits == 8:
         return values.to(torch.int8).view(torch.uint8) if symmetric else values.to(torch.uint8)
     columns = values.shape[1]
-    lanes = F.pad(values.to(torch.uint8) & ((1 << bits) - 1), (0, -columns % 8))
+    if values.numel() == 0:
+        return values.new_empty(len(values), packed_width(columns, bits), dtype=torch.uint8)
+    lanes = F.pad(values.to(torch.uint8) & ((1 << bits) - 1), (0, -columns % 8)).contiguous()
     words = _gather(lanes.view(torch.int64), bits)
     return _low_bytes(words, bits)[:, : packed_width(columns, bits)].contiguous()
 
@@ -52,7 +54,11 @@ def unpack(packed: Tensor, columns: int, bits: int, symmetric: bool) -> Tensor:
         )
     if bits == 8:
         return packed.view(torch.int8) if symmetric else packed
-    lanes = _scatter(_words_of(F.pad(packed, (0, -width % bits)), bits), bits).view(torch.uint8)
+    if packed.numel() == 0:
+        dtype = torch.int8 if symmetric else torch.uint8
+        return packed.new_empty(len(packed), columns, dtype=dtype)
+    whole = F.pad(packed, (0, -width % bits)).contiguous()
+    lanes = _scatter(_words_of(whole, bits), bits).view(torch.uint8)
     values = lanes.view(torch.int8) if symmetric else lanes
     if symmetric:
         # (v xor 2^(b−1)) − 2^(b−1) extends the sign of a b-bit two's complement number
