@@ -1,0 +1,129 @@
+"""`qdit-bench`: prepare the targets' files, time them side by side, print, write JSON and plot."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import InputError, StepError
+from ..progress import Progress
+from .benchmark.plot import write_plot
+from .benchmark.registry import registrations
+from .benchmark.results import BenchmarkResults
+from .benchmark.rounds import Schedule, measure
+from .benchmark.subject import ExportedSubject, Subject, open_subject
+from .benchmark.table import failures, results_table
+from .benchmark.target import RunSettings
+from .export_job import resolve_device
+from .machine import describe_machine, load_average, usable_cores
+from .options import SchemeOptions
+
+# A load average above this share of the cores means that other work takes part of them.
+_BUSY = 0.5
+
+
+def run_bench(
+    source: str,
+    scheme: SchemeOptions,
+    *,
+    targets: Sequence[str],
+    batches: Sequence[int] = (1, 8),
+    blocks: int | None = None,
+    runs: int = 5,
+    seconds: float = 10.0,
+    threads: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    json_file: Path | None = None,
+    command: str,
+    progress: Progress,
+) -> BenchmarkResults:
+    """Time `targets` on `source` (an exported folder or a model source) and print the table.
+
+    `json_file` gets the results and a plot of the same name with the suffix .svg. Raises
+    `InputError` for what cannot be asked for, `StepError` when no target could be timed.
+    """
+    chosen = registrations(targets)
+    schedule = Schedule(tuple(sorted(set(batches))), runs, seconds)
+    settings = RunSettings(resolve_device(device), threads or usable_cores())
+    load = _check_load(settings, progress)
+    subject = open_subject(
+        source,
+        scheme.plan_for,
+        blocks=blocks,
+        seed=seed,
+        device=settings.device,
+        progress=progress,
+    )
+    check_scheme_flags(subject, scheme)
+    with tempfile.TemporaryDirectory(prefix="qdit-bench-") as work:
+        rows = measure(chosen, subject, schedule, settings, Path(work), progress)
+    results = BenchmarkResults(
+        machine=describe_machine(),
+        command=command,
+        rows=rows,
+        settings=subject.facts()
+        | _settings_json(schedule, settings)
+        | {"load_average_before": load},
+    )
+    publish(results, json_file, progress)
+    return results
+
+
+def _check_load(settings: RunSettings, progress: Progress) -> float:
+    load, cores = load_average(), usable_cores()
+    if load > _BUSY * cores:
+        progress.say(
+            f"this machine is busy (load {load:.1f} on {cores} cores): latencies will be too high "
+            "and their spread wide; ratios suffer less"
+        )
+    return load
+
+
+def check_scheme_flags(subject: Subject, scheme: SchemeOptions) -> None:
+    """An exported folder has its plan: flags that were given and differ from it are refused."""
+    if not isinstance(subject, ExportedSubject):
+        return
+    bits = subject.facts()["plan"]["bits"]
+    given = set(scheme.model_fields_set)
+    if "bits" in given and scheme.bits == bits:
+        given.remove("bits")
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in sorted(given))
+        raise InputError(
+            f"{subject.folder} was exported with its own plan ({bits}), got {flags}; leave scheme "
+            "flags out, or name the model instead of the folder"
+        )
+
+
+def publish(results: BenchmarkResults, json_file: Path | None, progress: Progress) -> None:
+    """Print table and failures, write the files, and fail when nothing was timed."""
+    Console().print(results_table(results))
+    lines = failures(results)
+    for line in lines:
+        progress.say(line)
+    if json_file is not None:
+        results.write(json_file)
+        progress.say(f"wrote {json_file}")
+    if all(row.latency is None for row in results.rows):
+        raise StepError(f"no target could be timed: {lines[0] if lines else 'no results'}")
+    if json_file is not None:
+        plot = json_file.with_suffix(".svg")
+        write_plot(results, plot)
+        progress.say(f"wrote {plot}")
+
+
+def _settings_json(schedule: Schedule, settings: RunSettings, load: float) -> dict[str, Any]:
+    return {
+        "device": settings.device,
+        "threads": settings.threads,
+        "batches": list(schedule.batches),
+        "least_runs": schedule.runs,
+        "seconds_per_batch": schedule.seconds,
+        "warm_up_runs": schedule.warm_up,
+        "load_average_before": load,
+    }

@@ -1,0 +1,58 @@
+"""The targets that `qdit-bench` knows. A new one joins with one line here and its own module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...errors import InputError
+from .target import Target
+
+
+@dataclass(frozen=True)
+class Registration:
+    """`path` is 'module:class'; the module is imported only where the target is used.
+
+    `quantized`: whether the target runs the quantized model or the full-precision one.
+    """
+
+    name: str
+    path: str
+    summary: str
+    quantized: bool
+
+    def load(self) -> Target:
+        """Import the module and build the target."""
+        module, _, attribute = self.path.partition(":")
+        target: Target = getattr(importlib.import_module(module, __package__), attribute)()
+        return target
+
+
+TARGETS: dict[str, Registration] = {}
+
+
+def register(name: str, path: str, summary: str, *, quantized: bool) -> None:
+    """Make a target known to `qdit-bench` (see `Registration`)."""
+    TARGETS[name] = Registration(name, path, summary, quantized)
+
+
+_ONNX = ".targets.onnxruntime_targets"
+_TORCH = ".targets.torch_targets"
+register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime", quantized=False)
+register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
+register("torch", f"{_TORCH}:Eager", "full precision in PyTorch, eager", quantized=False)
+register("torch-compile", f"{_TORCH}:Compiled", "full precision, torch.compile", quantized=False)
+register("torch-simulation", f"{_TORCH}:Simulation", "simulated quantization", quantized=True)
+
+
+def registrations(names: Sequence[str]) -> list[Registration]:
+    """The registrations of `names`, in order; `InputError` for an unknown or repeated name."""
+    if not names:
+        raise InputError(f"name at least one target; the targets are {', '.join(TARGETS)}")
+    for position, name in enumerate(names):
+        if name not in TARGETS:
+            raise InputError(f"unknown target {name!r}; the targets are {', '.join(TARGETS)}")
+        if name in names[:position]:
+            raise InputError(f"target {name!r} is named twice; name each target once")
+    return [TARGETS[name] for name in names]

@@ -1,0 +1,80 @@
+"""The printed table: every figure beside its ratio to the first target."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from .results import BenchmarkResults, Row
+
+_ABSENT = "–"
+
+
+def results_table(results: BenchmarkResults) -> Table:
+    """One line a target and batch size; × columns compare with the batch's first target."""
+    first = results.rows[0].target if results.rows else ""
+    table = Table(
+        title=f"{results.settings.get('model', '')} · {results.machine['summary']}",
+        caption=f"× against {first}: speed above 1 is faster; memory and size below 1 are smaller. "
+        "Images/s counts one denoiser call an image.",
+    )
+    table.add_column("batch", justify="right")
+    table.add_column("target")
+    for heading in ("median ms", "min … max", "runs", "images/s", "speed", "peak memory", "×"):
+        table.add_column(heading, justify="right")
+    table.add_column("files", justify="right")
+    table.add_column("×", justify="right")
+    for position, row in enumerate(results.rows):
+        ends_batch = results.rows[position + 1 : position + 2] != [] and (
+            results.rows[position + 1].batch != row.batch
+        )
+        table.add_row(*_cells(results, row), end_section=ends_batch)
+    return table
+
+
+def _cells(results: BenchmarkResults, row: Row) -> list[str]:
+    latency = row.latency
+    if latency is None:
+        figures = [_ABSENT, _ABSENT, _ABSENT, _ABSENT, "failed"]
+    else:
+        figures = [
+            three_digits(latency.median),
+            f"{three_digits(latency.min)} … {three_digits(latency.max)}",
+            str(latency.runs),
+            f"{row.images_per_s:.3g}",
+            ratio(results.speedup(row)),
+        ]
+    return [
+        str(row.batch),
+        row.target,
+        *figures,
+        size(row.peak_memory_bytes),
+        ratio(results.memory_ratio(row)),
+        size(row.file_bytes),
+        ratio(results.size_ratio(row)),
+    ]
+
+
+def failures(results: BenchmarkResults) -> list[str]:
+    """One line a target that failed, with its first error and batch size."""
+    lines: dict[str, str] = {}
+    for row in results.rows:
+        if row.error is not None and row.target not in lines:
+            lines[row.target] = f"{row.target} failed at batch {row.batch}: {row.error}"
+    return list(lines.values())
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits, or all digits before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def ratio(value: float | None) -> str:
+    """'2.35×', or a dash."""
+    return _ABSENT if value is None else f"{value:.2f}×"
+
+
+def size(value: int | None) -> str:
+    """Bytes in MB or GB (powers of ten), or a dash."""
+    if value is None:
+        return _ABSENT
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"

@@ -1,0 +1,64 @@
+"""What a target is: a parent's side that makes its files, and a worker's side that runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:  # the worker of an ONNX target must not load torch: it would count as its memory
+    from .subject import Subject
+
+Inputs = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What every worker is told: `device` 'cpu', 'cuda' or 'cuda:N', and CPU `threads`."""
+
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a target's parent side hands to its worker: plain JSON values.
+
+    `file_bytes` is the size of the files that this way of running needs, None where it needs none
+    of its own and the worker reports the bytes of the weights that it holds instead.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    file_bytes: int | None = None
+
+
+class Runner(Protocol):
+    """A loaded target, in its worker process."""
+
+    device: str
+    weight_bytes: int | None
+
+    def bind(self, inputs: Inputs) -> None:
+        """Take the inputs of the runs to come: numpy arrays by name, batch first."""
+
+    def run(self) -> None:
+        """One denoiser call on the bound inputs; returns when the output is there."""
+
+    def output(self) -> np.ndarray:
+        """The last run's output [batch, C, H, W] as float32 on the host."""
+
+    def device_memory(self) -> int | None:
+        """Peak bytes allocated on the accelerator since the last `bind`; None on a CPU."""
+
+
+class Target(Protocol):
+    """One way of running the denoiser. Stateless: the same class serves parent and worker."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        """In the parent, once: write the files that the worker needs into `folder`."""
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        """In the worker: load what `prepare` left."""

@@ -1,0 +1,1 @@
+"""One module a runtime; `registry.py` names the targets in them."""

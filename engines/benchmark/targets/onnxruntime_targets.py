@@ -1,0 +1,96 @@
+"""Targets that run in ONNX Runtime, through the same engine that an export is proved with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ....errors import InputError
+from ..target import Inputs, Prepared, Runner, RunSettings
+
+if TYPE_CHECKING:  # what only the parent needs must not count as the worker's memory
+    from ..subject import Subject
+
+
+class OnnxRuntimeRunner:
+    """One ONNX file on the CPU, or on a GPU by the CUDA provider (never a silent fallback)."""
+
+    weight_bytes: int | None = None
+
+    def __init__(self, path: Path, settings: RunSettings) -> None:
+        from ...onnxruntime_engine import OnnxRuntimeEngine
+
+        self.device = settings.device
+        self._engine = OnnxRuntimeEngine(
+            path, providers=providers_for(settings.device), threads=settings.threads
+        )
+        self._inputs: dict[str, np.ndarray] = {}
+        self._outputs: dict[str, np.ndarray] = {}
+
+    def bind(self, inputs: Inputs) -> None:
+        self._inputs = dict(inputs)
+
+    def run(self) -> None:
+        self._outputs = self._engine.infer(self._inputs)
+
+    def output(self) -> np.ndarray:
+        (output,) = self._outputs.values()
+        return output.astype(np.float32)
+
+    def device_memory(self) -> int | None:
+        return None  # ONNX Runtime does not tell what it allocated
+
+
+class FullPrecision:
+    """The full-precision model as ONNX, float32."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        from ....export.full_precision import export_full_precision
+
+        path = folder / "model.onnx"
+        export_full_precision(subject.full_precision(), path)
+        return Prepared({"path": str(path)}, onnx_bytes(path))
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+
+
+class Qdq:
+    """The quantized model as its standard ONNX file."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        path = subject.qdq_file(folder.parent)
+        return Prepared({"path": str(path)}, onnx_bytes(path))
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+
+
+def providers_for(device: str) -> Sequence[str]:
+    """Execution providers for a device; `InputError` where this ONNX Runtime lacks the GPU's."""
+    if not device.startswith("cuda"):
+        return ["CPUExecutionProvider"]
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise InputError(
+            "this ONNX Runtime has no CUDA provider; install qdit[gpu] or use --device cpu"
+        )
+    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+def onnx_bytes(path: Path) -> int:
+    """Bytes of an ONNX file and of the external data files that it names."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    graph = onnx.load(path, load_external_data=False).graph
+    data = {
+        ExternalDataInfo(tensor).location
+        for tensor in graph.initializer
+        if uses_external_data(tensor)
+    }
+    return sum(file.stat().st_size for file in (path, *(path.parent / name for name in data)))

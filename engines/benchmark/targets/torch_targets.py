@@ -1,0 +1,132 @@
+"""Targets that run in PyTorch: full precision eager and compiled, and the simulation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ....calibrate.checkpoint import QuantizedCheckpoint
+from ....calibrate.families.base import Family
+from ....calibrate.sources import load_model
+from ....errors import InputError
+from ..target import Inputs, Prepared, Runner, RunSettings
+
+if TYPE_CHECKING:  # what only the parent needs must not count as the worker's memory
+    from ..subject import Subject
+
+Call = Callable[..., Tensor]
+
+
+class TorchRunner:
+    """A denoiser in PyTorch. `weight_bytes` counts parameters and buffers as they are held."""
+
+    def __init__(
+        self, family: Family, denoiser: nn.Module, settings: RunSettings, *, compiled: bool = False
+    ) -> None:
+        torch.set_num_threads(settings.threads)
+        self.device = settings.device
+        self.weight_bytes: int | None = weight_bytes(denoiser)
+        self._names = [spec.name for spec in family.inputs(denoiser)]
+        self._compiled = compiled
+
+        def call(*inputs: Tensor) -> Tensor:
+            return family.forward(denoiser, *inputs)
+
+        self._call: Call = compile_for(settings.device, call) if compiled else call
+        self._inputs: list[Tensor] = []
+        self._output = torch.empty(0)
+
+    def bind(self, inputs: Inputs) -> None:
+        self._inputs = [torch.from_numpy(inputs[name]).to(self.device) for name in self._names]
+        if self._on_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        try:
+            output = self._call(*self._inputs)
+        except Exception as error:
+            if self._compiled and (reason := missing_compiler(error)):
+                raise InputError(reason) from error
+            raise
+        # CUDA graphs reuse their output's memory in the next run
+        self._output = output.clone() if self._compiled and self._on_cuda else output
+        if self._on_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def output(self) -> np.ndarray:
+        output: np.ndarray = self._output.float().cpu().numpy()
+        return output
+
+    def device_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self._on_cuda else None
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+
+class Eager:
+    """Full precision, eager."""
+
+    compiled = False
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        subject.full_precision()  # says now, and not in the worker, that it cannot be loaded
+        return Prepared(subject.full_precision_arguments())
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        model = load_model(**prepared.settings, device=settings.device)
+        return TorchRunner(model.family, model.denoiser, settings, compiled=self.compiled)
+
+
+class Compiled(Eager):
+    """Full precision under torch.compile; the warm-up compiles."""
+
+    compiled = True
+
+
+class Simulation:
+    """The quantized checkpoint as simulated in PyTorch: exact in meaning, not meant to be fast."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        checkpoint = subject.quantized_folder(folder.parent)
+        return Prepared(
+            {"checkpoint": str(checkpoint)}, QuantizedCheckpoint.read(checkpoint).byte_size
+        )
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        checkpoint = QuantizedCheckpoint.read(Path(prepared.settings["checkpoint"]))
+        denoiser = checkpoint.build_denoiser(device=settings.device)
+        return TorchRunner(checkpoint.family, denoiser, settings)
+
+
+def compile_for(device: str, call: Call) -> Call:
+    """torch.compile for fixed shapes; with CUDA graphs on a GPU, where launches cost most."""
+    mode = "reduce-overhead" if device.startswith("cuda") else None
+    compiled: Any = torch.compile(call, dynamic=False, mode=mode)
+    wrapped: Call = compiled
+    return wrapped
+
+
+def missing_compiler(error: BaseException | None) -> str | None:
+    """What to install, where the cause of a failed torch.compile is an absent C++ compiler."""
+    while error is not None:
+        if type(error).__name__ == "InvalidCxxCompiler" or "C compiler" in str(error):
+            return (
+                "torch.compile needs a C++ compiler and found none; install g++ or clang++, "
+                "or name one in CXX"
+            )
+        error = error.__cause__ or error.__context__ or getattr(error, "inner_exception", None)
+    return None
+
+
+def weight_bytes(denoiser: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones counted once."""
+    tensors = {id(value): value for value in (*denoiser.parameters(), *denoiser.buffers())}
+    return sum(value.numel() * value.element_size() for value in tensors.values())
