@@ -15,7 +15,8 @@ from .benchmark.plot import write_plot
 from .benchmark.registry import registrations
 from .benchmark.results import BenchmarkResults
 from .benchmark.rounds import Schedule, measure
-from .benchmark.subject import ExportedSubject, Subject, open_subject
+from .benchmark.subject import Subject
+from .benchmark.subjects import ExportedSubject, open_subject
 from .benchmark.table import failures, results_table
 from .benchmark.target import RunSettings
 from .export_job import resolve_device

@@ -1,0 +1,34 @@
+"""Target names: what is known, what is refused, and that every registered class is there."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdit.engines.benchmark.registry import TARGETS, registrations
+from qdit.errors import InputError
+
+KNOWN = "fp32, qdq, torch, torch-compile, torch-simulation"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        pytest.param((), f"name at least one target; the targets are {KNOWN}", id="none"),
+        pytest.param(("gpu",), f"unknown target 'gpu'; the targets are {KNOWN}", id="unknown"),
+        pytest.param(("qdq", "qdq"), "target 'qdq' is named twice", id="repeated"),
+    ],
+)
+def test_wrong_names_are_refused(names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        registrations(names)
+
+
+def test_the_order_is_the_callers() -> None:
+    assert [found.name for found in registrations(("torch", "fp32"))] == ["torch", "fp32"]
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_every_registered_target_can_be_imported(name: str) -> None:
+    target = TARGETS[name].load()
+    assert callable(target.prepare)
+    assert callable(target.load)
