@@ -299,7 +299,13 @@ def _bench(
     targets: Annotated[
         str, typer.Option(help="What to time, separated by commas, side by side in one run.")
     ] = "fp32,qdq,torch",
-    runs: Annotated[int, typer.Option(help="Timed runs of each target and batch.")] = 5,
+    runs: Annotated[
+        int, typer.Option(help="Fewest timed runs of each target and batch.", min=1)
+    ] = 5,
+    seconds: Annotated[
+        float,
+        typer.Option(help="Go on past --runs while this time for a batch size is not used up."),
+    ] = 10.0,
     threads: Threads = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -330,6 +336,7 @@ def _bench(
             blocks=blocks,
             targets=tuple(name.strip() for name in targets.split(",") if name.strip()),
             runs=runs,
+            seconds=seconds,
             threads=threads,
             device=device,
             seed=seed,
