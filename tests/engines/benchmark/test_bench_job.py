@@ -1,0 +1,142 @@
+"""The whole of `qdit-bench` on a small random DiT, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from qdit.calibrate.sources import load_model
+from qdit.engines.bench_job import check_scheme_flags, run_bench
+from qdit.engines.benchmark.registry import Registration
+from qdit.engines.benchmark.results import BenchmarkResults
+from qdit.engines.benchmark.subjects import ExportedSubject, ModelSubject
+from qdit.engines.options import SchemeOptions
+from qdit.errors import InputError, StepError
+from qdit.progress import Silent
+
+SMALL = "random:DiT-S/8"  # 16 tokens of 384 channels
+SCHEME = SchemeOptions(bits="w4a8", group_size=64)
+
+
+def bench(
+    source: str, scheme: SchemeOptions, targets: tuple[str, ...], **options: object
+) -> BenchmarkResults:
+    defaults: dict[str, object] = {
+        "batches": (2, 1), "runs": 2, "seconds": 0.0, "threads": 1, "device": "cpu",
+        "command": "qdit-bench …", "progress": Silent(),
+    }  # fmt: skip
+    return run_bench(source, scheme, targets=targets, **(defaults | options))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `qdit-export` leaves it, without report."""
+    work = tmp_path_factory.mktemp("exported")
+    subject = ModelSubject(SMALL, SCHEME.plan_for, 1, 0, "cpu", Silent())
+    folder = subject.quantized_folder(work)
+    subject.qdq_file(work).parent.rename(work / "files")
+    for file in (work / "files").iterdir():
+        file.rename(folder / file.name)
+    return folder
+
+
+def test_every_target_runs_the_same_model(tmp_path: Path) -> None:
+    targets = ("fp32", "qdq", "torch", "torch-simulation")
+    results = bench(SMALL, SCHEME, targets, blocks=1, json_file=tmp_path / "bench.json")
+    assert [(row.batch, row.target) for row in results.rows] == [
+        (batch, target) for batch in (1, 2) for target in targets
+    ]
+    rows = {row.target: row for row in results.rows if row.batch == 2}
+    assert [row.error for row in rows.values()] == [None] * 4
+    difference = {name: row.relative_difference_to_first or 0.0 for name, row in rows.items()}
+    # the same float32 model in two runtimes: some hundred roundings of 2^-24
+    assert difference["torch"] < 1e-5
+    # quantized by nearest at 4 bits: some percent off, by the simulation and by the file alike
+    assert 0.005 < difference["qdq"] < 0.5
+    assert difference["torch-simulation"] == pytest.approx(difference["qdq"], rel=0.02)
+    quantized, full = rows["qdq"].file_bytes or 0, rows["fp32"].file_bytes or 0
+    assert 0 < quantized < full
+    written = json.loads((tmp_path / "bench.json").read_text("utf-8"))
+    assert len(written["results"]) == 8
+    assert written["settings"]["plan"]["bits"] == "w4a8"
+    assert written["settings"]["threads"] == 1
+    assert (tmp_path / "bench.svg").stat().st_size > 1000
+
+
+def test_full_precision_file_bytes_are_those_of_its_weights(tmp_path: Path) -> None:
+    results = bench(SMALL, SCHEME, ("fp32", "torch"), blocks=1, batches=(1,))
+    parameters = 4 * load_model(SMALL, blocks=1).parameter_count()
+    fp32, torch = (row.file_bytes or 0 for row in results.rows)
+    # beside the parameters: the position table, here 16 tokens of 384, and the graph
+    assert 0 <= torch - parameters <= 4 * 16 * 384
+    assert 0 <= fp32 - parameters <= 500_000
+
+
+def test_an_exported_folder_is_timed_with_the_model_that_it_names(exported: Path) -> None:
+    results = bench(str(exported), SchemeOptions(), ("qdq",), batches=(1,))
+    (row,) = results.rows
+    assert row.error is None
+    assert results.settings["plan"]["bits"] == "w4a8"
+
+
+def test_without_its_source_only_the_quantized_targets_of_a_folder_run(
+    exported: Path, tmp_path: Path
+) -> None:
+    manifest = exported / "qdit.json"
+    kept = manifest.read_text("utf-8")
+    manifest.write_text(kept.replace(SMALL, "/gone/model"), "utf-8")
+    try:
+        results = bench(str(exported), SchemeOptions(), ("torch", "qdq"), batches=(1,))
+    finally:
+        manifest.write_text(kept, "utf-8")
+    torch, qdq = results.rows
+    assert torch.error is not None
+    assert "'/gone/model', cannot be loaded: no model at '/gone/model'" in torch.error
+    assert qdq.error is None
+
+
+@pytest.mark.parametrize(
+    ("scheme", "options", "message"),
+    [
+        pytest.param(
+            SchemeOptions(bits="w8a8"), {}, r"own plan \(w4a8\), got --bits", id="other bits"
+        ),
+        pytest.param(
+            SchemeOptions(group_size=64), {}, "got --group-size; leave scheme flags out", id="group"
+        ),
+        pytest.param(SchemeOptions(), {"blocks": 1}, "--blocks shortens a model", id="blocks"),
+    ],
+)
+def test_flags_that_an_exported_folder_cannot_follow_are_refused(
+    exported: Path, scheme: SchemeOptions, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        bench(str(exported), scheme, ("qdq",), **options)
+
+
+def test_the_folders_own_bits_may_be_named(exported: Path) -> None:
+    check_scheme_flags(ExportedSubject(exported, seed=0), SchemeOptions(bits="w4a8"))
+
+
+def test_a_run_without_any_figure_is_a_failure_and_still_writes_json(
+    fakes: Callable[..., list[Registration]], tmp_path: Path
+) -> None:
+    fakes("FailsToLoad")
+    with pytest.raises(StepError, match="no target could be timed: FailsToLoad failed at batch 1"):
+        bench(SMALL, SCHEME, ("FailsToLoad",), blocks=1, json_file=tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text("utf-8"))["results"][0]["error"]
+
+
+def test_torch_compile_without_a_compiler_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    results = bench(SMALL, SCHEME, ("torch", "torch-compile"), blocks=1, batches=(1,))
+    torch, compiled = results.rows
+    assert torch.error is None
+    assert compiled.error is not None
+    assert "install g++ or clang++" in compiled.error
