@@ -1,0 +1,257 @@
+"""Quantize a model block by block, each on the inputs that the quantized blocks before it give.
+
+Every calibration batch goes through a block for its statistics and, once it is quantized, through
+it again to make the next block's inputs, which are carried along: the model as a whole never
+runs. Memory holds one block's Hessians at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import sha256_of_json
+from ..progress import Progress, Silent
+from .block_statistics import SharedInput, collect_hessians, shared_inputs
+from .block_store import BlockResult, BlockStore, LayerError
+from .carried import CarriedInputs
+from .column_loop import ColumnLoops
+from .gptq import GptqSettings, solve
+from .hessian import InverseFactor, exact_float32, inverse_factor
+from .model import DiffusionModel
+from .plan import LinearSpec, QuantizationPlan
+from .quantizers import QuantizedWeight, quantize_weight_mse, quantize_weight_nearest
+from .simulate import install_quantized_linears
+from .trajectories import CalibrationSet
+
+Method = Literal["gptq", "mse", "nearest"]
+
+# Part of the resume key: raise it when the same inputs would give other weights.
+RESULTS_VERSION = 1
+_SILENT = Silent()
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """Quantized weights, on the CPU, and errors, both by linear name in model order."""
+
+    weights: Mapping[str, QuantizedWeight]
+    errors: Mapping[str, LayerError]
+
+
+def quantize_model(
+    model: DiffusionModel,
+    plan: QuantizationPlan,
+    method: Method,
+    calibration: CalibrationSet | None,
+    *,
+    batch_size: int = 32,
+    device: torch.device | str = "cpu",
+    progress: Progress = _SILENT,
+    folder: Path | None = None,
+    settings: GptqSettings | None = None,
+) -> QuantizationResult:
+    """Quantize the plan's linears; afterwards `model.denoiser` **is** the quantized simulation.
+
+    In place: the denoiser moves to `device`, and its quantized linears become `QuantizedLinear`.
+    16-bit linears stay as they are and have no entry in the result.
+    'gptq' needs a calibration set. 'mse' and 'nearest' use one for the output errors only;
+    without one no forward pass is made.
+    With `folder`, finished blocks are kept there and taken over by a run of the same plan, method,
+    settings, calibration set and model; other leftovers are overwritten.
+    Raises `InputError` for a plan that does not fit, an unknown method, or a set that is missing.
+    """
+    plan.check(model.linears)
+    if method not in get_args(Method):
+        raise InputError(f"weights must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method == "gptq" and calibration is None:
+        raise InputError(
+            "gptq needs a calibration set, got none; collect one or use mse or nearest"
+        )
+    settings = settings or GptqSettings()
+    model.denoiser.to(device)
+    store = None
+    if folder is not None:
+        store = BlockStore(folder, _resume_key(model, plan, method, calibration, settings))
+    job = _Job(model, plan, method, settings, progress)
+    with torch.inference_mode(), exact_float32():
+        return job.run(calibration, batch_size, torch.device(device), store)
+
+
+def _resume_key(
+    model: DiffusionModel,
+    plan: QuantizationPlan,
+    method: Method,
+    calibration: CalibrationSet | None,
+    settings: GptqSettings,
+) -> str:
+    return sha256_of_json(
+        {
+            "version": RESULTS_VERSION,
+            "plan": plan.digest,
+            "method": method,
+            "settings": asdict(settings),
+            "calibration": None if calibration is None else calibration.digest,
+            "source": asdict(model.source),
+        }
+    )
+
+
+class _Job:
+    """One run of `quantize_model`."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        plan: QuantizationPlan,
+        method: Method,
+        settings: GptqSettings,
+        progress: Progress,
+    ) -> None:
+        self._model = model
+        self._denoiser = model.denoiser
+        self._plan = plan
+        self._method = method
+        self._settings = settings
+        self._progress = progress
+        self._loops = ColumnLoops()
+        self._specs: dict[int, list[LinearSpec]] = {}
+        for spec in model.linears:
+            self._specs.setdefault(spec.block, []).append(spec)
+
+    def run(
+        self,
+        calibration: CalibrationSet | None,
+        batch_size: int,
+        device: torch.device,
+        store: BlockStore | None,
+    ) -> QuantizationResult:
+        blocks = self._model.family.blocks(self._denoiser)
+        finished = [] if store is None else store.finished(len(blocks))
+        if finished:
+            self._progress.say(f"{len(finished)} of {len(blocks)} blocks were quantized before")
+        carried = None
+        if calibration is not None and len(finished) < len(blocks):
+            carried = CarriedInputs(self._model, calibration, batch_size, device)
+        weights: dict[str, QuantizedWeight] = {}
+        errors: dict[str, LayerError] = {}
+        numbers = range(len(blocks))
+        for number in self._progress.track(numbers, "quantizing blocks", len(blocks)):
+            if number < len(finished):
+                result = finished[number]
+            else:
+                result = self._quantize_block(blocks[number], number, carried)
+                if store is not None:
+                    store.write(number, result)
+            install_quantized_linears(self._denoiser, self._plan.layers, result.weights)
+            weights |= result.weights
+            errors |= result.errors
+            if carried is not None and number + 1 < len(blocks):
+                for batch, inputs in enumerate(carried):
+                    carried.replace(batch, self._model.family.run_block(blocks[number], inputs))
+        return QuantizationResult(weights, errors)
+
+    def _quantize_block(
+        self, block: nn.Module, number: int, carried: CarriedInputs | None
+    ) -> BlockResult:
+        shared = shared_inputs(self._specs.get(number, []), self._plan)
+        result = BlockResult({}, {})
+        hessians = {}
+        if carried is not None and shared:
+            hessians = collect_hessians(
+                self._model.family, self._denoiser, block, carried, shared, self._plan
+            )
+        for group in shared:
+            accumulator = hessians.pop(group.name, None)
+            hessian = None if accumulator is None else accumulator.hessian()
+            self._quantize_group(group, hessian, result)
+        order = [spec.name for spec in self._specs.get(number, []) if spec.name in result.weights]
+        return BlockResult(
+            {name: result.weights[name].to("cpu") for name in order},
+            {name: result.errors[name] for name in order},
+        )
+
+    def _quantize_group(
+        self, group: SharedInput, hessian: Tensor | None, result: BlockResult
+    ) -> None:
+        """Quantize linears of one input; those of equal schemes are stacked and solved at once."""
+        factor = None
+        if self._method == "gptq" and hessian is not None:
+            factor = inverse_factor(
+                hessian, self._settings.damping, name=group.name, progress=self._progress
+            )
+        for specs in _by_weight_scheme(group.specs, self._plan):
+            originals = [self._weight(spec.name) for spec in specs]
+            quantized = self._quantize(torch.cat(originals), specs[0], factor)
+            for spec, original, part in zip(
+                specs, originals, _split_rows(quantized, originals), strict=True
+            ):
+                result.weights[spec.name] = part
+                result.errors[spec.name] = _layer_error(original, part, hessian)
+
+    def _weight(self, name: str) -> Tensor:
+        return self._denoiser.get_submodule(name).get_parameter("weight").detach().float()
+
+    def _quantize(
+        self, weight: Tensor, spec: LinearSpec, factor: InverseFactor | None
+    ) -> QuantizedWeight:
+        scheme = self._plan[spec.name]
+        if factor is not None:
+            return solve(weight, factor, scheme, self._settings, self._loops)
+        if self._method == "mse":
+            return quantize_weight_mse(weight, scheme)
+        return quantize_weight_nearest(weight, scheme)
+
+
+def _by_weight_scheme(
+    specs: Sequence[LinearSpec], plan: QuantizationPlan
+) -> list[list[LinearSpec]]:
+    groups: dict[object, list[LinearSpec]] = {}
+    for spec in specs:
+        groups.setdefault(plan[spec.name].weight_only(), []).append(spec)
+    return list(groups.values())
+
+
+def _split_rows(quantized: QuantizedWeight, like: Sequence[Tensor]) -> list[QuantizedWeight]:
+    """The parts of stacked linears, each with tensors of its own."""
+    if len(like) == 1:
+        return [quantized]
+    rows = [weight.shape[0] for weight in like]
+    zero_points: Sequence[Tensor | None] = [None] * len(rows)
+    if quantized.zero_point is not None:
+        zero_points = quantized.zero_point.split(rows)
+    return [
+        QuantizedWeight(
+            values.clone(),
+            scale.clone(),
+            None if zero_point is None else zero_point.clone(),
+            quantized.bits,
+        )
+        for values, scale, zero_point in zip(
+            quantized.values.split(rows), quantized.scale.split(rows), zero_points, strict=True
+        )
+    ]
+
+
+def _layer_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> LayerError:
+    """‖D‖/‖W‖ and sqrt(tr(D H Dᵀ) / tr(W H Wᵀ)) with D = W − Ŵ: H stands for the inputs."""
+    difference = weight - quantized.dequantize()
+    relative = _ratio(difference.square().sum(), weight.square().sum())
+    if hessian is None:
+        return LayerError(relative, None)
+    return LayerError(relative, _ratio(_energy(difference, hessian), _energy(weight, hessian)))
+
+
+def _energy(rows: Tensor, hessian: Tensor) -> Tensor:
+    return (rows @ hessian).mul_(rows).sum()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    """sqrt(part / whole); 0 for 0/0 (an all-zero layer is exact)."""
+    return (part.double().clamp(min=0) / whole.double().clamp(min=1e-300)).sqrt().item()
