@@ -1,0 +1,220 @@
+"""Parity of denoisers: full precision, torch simulation and an exported file, on the same inputs.
+
+One large module is alive at a time beside the full-precision model: the float64 simulation, the
+float32 one, then the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..calibrate.checkpoint import QuantizedCheckpoint
+from ..calibrate.model import DiffusionModel
+from ..errors import QditError, StepError
+from ..progress import Progress, Silent
+from .parity_inputs import Step, spread
+from .parity_internals import (
+    BlockError,
+    ExposedValues,
+    LinearError,
+    block_errors,
+    block_outputs,
+    engine_blocks,
+    exposed_values,
+    linear_errors,
+)
+from .parity_measure import Comparison
+from .parity_timesteps import (
+    DenoiserBound,
+    TimestepError,
+    compare_outputs,
+    denoiser_bound,
+    run_steps,
+    timestep_errors,
+)
+
+# Steps on which the float64 (or float16) simulation runs too: it is the slowest of all.
+BOUND_STEPS = 5
+
+
+class InferenceEngine(Protocol):
+    """What parity asks of an engine (`engines/engine.py`)."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
+
+    def close(self) -> None: ...
+
+
+# (file, extra outputs) → an engine for it
+OpenEngine = Callable[[Path, Sequence[str]], InferenceEngine]
+
+
+@dataclass(frozen=True)
+class DenoiserParity:
+    """Everything that was compared on the denoiser itself.
+
+    The two overall figures are relative errors of the predicted noise over all images and steps.
+    `linears` and `blocks` come from one step, the middle one.
+    """
+
+    simulation: Comparison
+    engine: Comparison
+    bound: DenoiserBound
+    linears: list[LinearError]
+    blocks: list[BlockError]
+    timesteps: list[TimestepError]
+    images: int
+    dtype: str
+
+    @property
+    def worst_linear(self) -> LinearError | None:
+        """The linear of the largest relative error; None when nothing is quantized."""
+        if not self.linears:
+            return None
+        return max(self.linears, key=lambda linear: linear.comparison.relative_error)
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """What one torch denoiser made: the noise at every step, and the blocks at the middle one."""
+
+    noise: list[Tensor]
+    blocks: list[Tensor]
+
+
+def measure_parity(
+    model: DiffusionModel,
+    checkpoint: QuantizedCheckpoint,
+    exported: Path,
+    steps: Sequence[Step],
+    open_engine: OpenEngine,
+    *,
+    dtype: str = "float32",
+    progress: Progress | None = None,
+) -> DenoiserParity:
+    """Compare the three on `steps` (from `record_trajectories`).
+
+    `dtype` is what the exported file computes in. Torch runs on the model's device. Raises
+    `StepError` when the engine cannot be opened or run.
+    """
+    comparison = _Parity(model, checkpoint, list(steps), dtype, progress or Silent())
+    with plain_float32():
+        return _measure(comparison, exported, open_engine)
+
+
+def _measure(comparison: _Parity, exported: Path, open_engine: OpenEngine) -> DenoiserParity:
+    model, checkpoint, dtype = comparison.model, comparison.checkpoint, comparison.dtype
+    full = comparison.torch_outputs(model.denoiser, "full precision")
+    other = comparison.other_simulation()
+    simulation = checkpoint.build_denoiser(model.device, torch.float32)
+    simulated = comparison.torch_outputs(simulation, "simulation")
+    values = exposed_values(exported)
+    try:
+        arrays, engine = comparison.engine_outputs(exported, values, open_engine)
+    except QditError:
+        raise
+    except Exception as error:  # whatever the runtime raises
+        raise StepError(f"{exported} failed to run while comparing it: {error}") from error
+    bounded = comparison.bound_steps
+    return DenoiserParity(
+        simulation=compare_outputs(simulated.noise, full.noise),
+        engine=compare_outputs(engine, simulated.noise),
+        bound=denoiser_bound(
+            [engine[i] for i in bounded], [simulated.noise[i] for i in bounded], other, dtype
+        ),
+        linears=linear_errors(simulation, model.family, values, arrays, dtype),
+        blocks=block_errors(full.blocks, simulated.blocks, engine_blocks(values, arrays)),
+        timesteps=timestep_errors(comparison.steps, full.noise, simulated.noise, engine),
+        images=len(comparison.steps[0].labels),
+        dtype=dtype,
+    )
+
+
+@contextmanager
+def plain_float32() -> Iterator[None]:
+    """No TF32 while comparing: its 10-bit products would hide what is measured (CUDA only)."""
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+class _Parity:
+    """The runs of one comparison."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        checkpoint: QuantizedCheckpoint,
+        steps: list[Step],
+        dtype: str,
+        progress: Progress,
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.steps = steps
+        self.dtype = dtype
+        self.progress = progress
+        self.middle = steps[len(steps) // 2]
+        self.bound_steps = spread(len(steps), BOUND_STEPS)
+
+    def torch_outputs(self, denoiser: nn.Module, what: str) -> _Outputs:
+        family, device = self.model.family, self.model.device
+        noise = self._run(denoiser, self.steps, f"parity: {what}")
+        return _Outputs(noise, block_outputs(denoiser, family, self.middle, device))
+
+    def other_simulation(self) -> list[Tensor]:
+        """The simulation in float64 (float16 for float16 files) on the steps of the bound."""
+        other = torch.float64 if self.dtype == "float32" else torch.float16
+        denoiser = self.checkpoint.build_denoiser(self.model.device, other)
+        name = str(other).removeprefix("torch.")
+        chosen = [self.steps[index] for index in self.bound_steps]
+        return self._run(denoiser, chosen, f"parity: simulation in {name}")
+
+    def engine_outputs(
+        self, exported: Path, values: ExposedValues, open_engine: OpenEngine
+    ) -> tuple[dict[str, NDArray[Any]], list[Tensor]]:
+        """The inner values at the middle step, and the noise at every step.
+
+        The two come from two sessions: exposing inner values can change what a runtime fuses, and
+        the noise must be that of the file as it is deployed.
+        """
+        family, denoiser = self.model.family, self.model.denoiser
+        names = tuple(spec.name for spec in family.inputs(denoiser))
+        inner = open_engine(exported, values.names)
+        try:
+            arrays = inner.infer(self.middle.arrays(names))
+        finally:
+            inner.close()
+        noise = []
+        engine = open_engine(exported, ())
+        try:
+            tracked = self.progress.track(self.steps, "parity: engine", total=len(self.steps))
+            for step in tracked:
+                raw = engine.infer(step.arrays(names))[family.output_name]
+                noise.append(family.noise_prediction(denoiser, torch.from_numpy(raw)))
+        finally:
+            engine.close()
+        return arrays, noise
+
+    def _run(self, denoiser: nn.Module, steps: Sequence[Step], description: str) -> list[Tensor]:
+        return run_steps(
+            self.model.as_denoiser(denoiser),
+            steps,
+            description,
+            device=self.model.device,
+            progress=self.progress,
+        )
