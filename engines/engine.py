@@ -1,0 +1,92 @@
+"""What every runtime offers, so that sampling, parity and serving take any of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibrate.checkpoint_model import empty_denoiser
+from ..calibrate.families.base import Denoiser, Family
+from ..errors import InputError
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A model input or output. A dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...]
+
+
+class Engine(Protocol):
+    """A loaded model. Names, dtypes and shapes are the same in every runtime."""
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """The inputs in the model's order."""
+
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        """The outputs in the model's order, extra ones last."""
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """All outputs by name. Raises `InputError` for inputs that do not fit `input_specs`."""
+
+    def close(self) -> None:
+        """Free the model; `infer` may not be called afterwards."""
+
+
+def check_inputs(specs: tuple[TensorSpec, ...], inputs: Arrays) -> None:
+    """Raise `InputError` unless `inputs` are exactly those of `specs`, with one size a dimension.
+
+    Runtimes differ in what they let pass; every engine refuses the same.
+    """
+    expected = {spec.name for spec in specs}
+    if set(inputs) != expected:
+        raise InputError(
+            f"the model's inputs are {', '.join(sorted(expected))}, got {', '.join(sorted(inputs))}"
+        )
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        array = inputs[spec.name]
+        if array.dtype != spec.dtype:
+            raise InputError(f"input {spec.name} must be {spec.dtype}, got {array.dtype}")
+        fits = len(array.shape) == len(spec.shape) and all(
+            size == (sizes.setdefault(dim, size) if isinstance(dim, str) else dim)
+            for dim, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            wanted = ", ".join(
+                f"{dim}={sizes[dim]}" if isinstance(dim, str) and dim in sizes else str(dim)
+                for dim in spec.shape
+            )
+            raise InputError(f"input {spec.name} must be [{wanted}], got {list(array.shape)}")
+
+
+def as_denoiser(engine: Engine, family: Family, config: dict[str, Any]) -> Denoiser:
+    """Wrap an engine of a `family` model with this denoiser config for the sampling loop.
+
+    The engine's first inputs are the denoiser's, in the family's order. The result is on the
+    device and in the dtype of x.
+    """
+    outline = empty_denoiser(family, config, {})
+    names = [spec.name for spec in family.inputs(outline)]
+
+    def call(x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
+        given = (x.float(), timestep.long(), label.long())
+        arrays = {
+            name: tensor.detach().cpu().contiguous().numpy()
+            for name, tensor in zip(names, given, strict=True)
+        }
+        output = torch.from_numpy(engine.infer(arrays)[family.output_name])
+        return family.noise_prediction(outline, output).to(device=x.device, dtype=x.dtype)
+
+    return call

@@ -1,0 +1,179 @@
+"""Run an exported ONNX file in ONNX Runtime."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from ..calibrate.families.base import Denoiser, Family
+from ..errors import ArtifactError, InputError, StepError
+from .engine import Arrays, TensorSpec, as_denoiser, check_inputs
+
+CPU = "CPUExecutionProvider"
+
+_NUMPY_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeEngine:
+    """An ONNX file in an ONNX Runtime session.
+
+    * `providers`: execution providers in order of preference, the CPU's by default. One that this
+      ONNX Runtime lacks, or cannot start, is an `InputError`: never a silent run on the CPU.
+    * `threads`: threads within one operator; by default one a physical core.
+    * `extra_outputs`: names of inner values (metadata 'qdit.linears' and 'qdit.blocks' list them)
+      that `infer` returns as well.
+    * `fold_weights`: dequantize the weights once, at load. Needs memory for float weights and
+      makes each run faster; without it they stay packed and every run dequantizes them.
+    * `optimize`: let ONNX Runtime fuse and fold; False runs the file's own nodes one by one.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        providers: Sequence[str] | None = None,
+        threads: int | None = None,
+        extra_outputs: Sequence[str] = (),
+        fold_weights: bool = True,
+        optimize: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"no ONNX file at {self.path}; export the model first")
+        wanted = list(providers or [CPU])
+        _check_available(wanted)
+        options = _session_options(threads, fold_weights, optimize)
+        self._session: Any = _open(self.path, options, wanted, tuple(extra_outputs))
+        started = self._session.get_providers()
+        if wanted[0] not in started:
+            raise InputError(
+                f"ONNX Runtime could not start {wanted[0]} and would run on {started[0]}; "
+                "check the driver and the installed libraries"
+            )
+        self._inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self._outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self._names = [spec.name for spec in self._outputs]
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's metadata, 'qdit.linears' and 'qdit.blocks' among them."""
+        return dict(self._open_session().get_modelmeta().custom_metadata_map)
+
+    def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
+        """All outputs by name. Raises `InputError` for inputs of a wrong name, dtype or shape."""
+        session = self._open_session()
+        check_inputs(self._inputs, inputs)
+        try:
+            outputs = session.run(None, dict(inputs))
+        except Exception as error:  # ONNX Runtime raises kinds of its own
+            raise StepError(f"ONNX Runtime failed on {self.path}: {error}") from error
+        return dict(zip(self._names, outputs, strict=True))
+
+    def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
+        """This engine for the sampling loop; `config` is the denoiser's."""
+        return as_denoiser(self, family, config)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session = None
+
+    def _open_session(self) -> Any:
+        if self._session is None:
+            raise InputError(f"the engine of {self.path} is closed; open it again")
+        return self._session
+
+
+def _check_available(providers: Sequence[str]) -> None:
+    available = onnxruntime.get_available_providers()
+    for name in providers:
+        if name not in available:
+            raise InputError(
+                f"this ONNX Runtime has no provider {name}, it has {', '.join(available)}; "
+                "install qdit[gpu] for CUDAExecutionProvider"
+            )
+
+
+def _session_options(threads: int | None, fold_weights: bool, optimize: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        options.intra_op_num_threads = threads
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # The exported pattern is not one that ONNX Runtime fuses (docs/adr/0003). Should a newer one
+    # learn to: level 1 computes MatMulNBits in float32; the default, 4, would quantize the
+    # activations of weight-only layers to 8 bits.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if fold_weights:
+        # Leaves DequantizeLinear of constants to constant folding, and fuses no Q/DQ at all.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
+
+
+def _open(
+    path: Path, options: Any, providers: Sequence[str], extra_outputs: tuple[str, ...]
+) -> Any:
+    source: str | bytes = str(path)
+    if extra_outputs:
+        source = _with_outputs(path, extra_outputs)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
+        )
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime raises kinds of its own
+        raise ArtifactError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+
+def _with_outputs(path: Path, names: tuple[str, ...]) -> bytes:
+    """The model's bytes with inner values as further outputs; external data stays where it is."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises kinds of its own
+        raise ArtifactError(f"{path} is not a readable ONNX file: {error}") from error
+    made = {name for node in model.graph.node for name in node.output}
+    given = {value.name for value in model.graph.output}
+    for name in names:
+        if name not in made:
+            close = difflib.get_close_matches(name, sorted(made), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"{path} has no value {name!r} to return{hint}")
+        if name not in given:
+            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+            given.add(name)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def _spec(value: Any) -> TensorSpec:
+    dtype = _NUMPY_DTYPES.get(value.type)
+    if dtype is None:
+        raise ArtifactError(f"{value.name} has type {value.type}, which no qdit model has")
+    dims = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(value.name, np.dtype(dtype), dims)

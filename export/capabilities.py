@@ -1,0 +1,122 @@
+"""What each target can express: checked before calibration, never degraded silently.
+
+`docs/targets.md` has the table in words and says which facts are tested here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ..calibrate.plan import LinearSpec, QuantizationPlan
+from ..errors import InputError
+from . import target_rules as rules
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One linear that a target cannot run as planned."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A way to run a quantized model. `oldest` is the oldest runtime version that can.
+
+    `built` says whether this version of qdit writes it; the rules of the others are known already.
+    """
+
+    name: str
+    runtime: str
+    oldest: tuple[int, ...]
+    built: bool
+    refuse: rules.Rule
+    nearest: rules.Nearest
+
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                "qdq", "ONNX Runtime", (1, 22), True, rules.nothing_refused, rules.as_it_is
+            ),
+            Target(
+                "onnxruntime", "ONNX Runtime", (1, 22), False,
+                rules.refuse_onnxruntime, rules.nearest_onnxruntime,
+            ),
+            Target(
+                "tensorrt-plugin", "TensorRT", (10, 9), False,
+                rules.refuse_tensorrt_plugin, rules.nearest_tensorrt_plugin,
+            ),
+            Target(
+                "tensorrt-int8", "TensorRT", (8, 6), False,
+                rules.refuse_tensorrt_int8, rules.nearest_tensorrt_int8,
+            ),
+            Target(
+                "tensorrt-int4", "TensorRT", (10, 0), False,
+                rules.refuse_tensorrt_int4, rules.nearest_tensorrt_int4,
+            ),
+        )
+    }
+)  # fmt: skip
+
+
+def target_named(name: str) -> Target:
+    """The target of that name, or `InputError` with the names there are."""
+    if name not in TARGETS:
+        raise InputError(f"target must be one of {', '.join(TARGETS)}, got {name!r}")
+    return TARGETS[name]
+
+
+def check(
+    plan: QuantizationPlan,
+    linears: Sequence[LinearSpec],
+    target: str,
+    version: str | None = None,
+) -> list[Refusal]:
+    """Every linear of `plan` that `target` cannot express, in model order; empty: it can run.
+
+    `version` is the runtime's ('10.9', '8.6.0'); without it only the schemes are checked.
+    """
+    chosen = target_named(target)
+    if version is not None and _parse(version) < chosen.oldest:
+        oldest = ".".join(map(str, chosen.oldest))
+        reason = f"{target} needs {chosen.runtime} {oldest} or newer, got {version}"
+        return [Refusal(s.name, reason) for s in linears if plan[s.name].quantizes_weights]
+    refusals = []
+    for spec in linears:
+        reason_or_none = chosen.refuse(spec, plan[spec.name])
+        if reason_or_none is not None:
+            refusals.append(Refusal(spec.name, reason_or_none))
+    return refusals
+
+
+def nearest_plan(
+    plan: QuantizationPlan, linears: Sequence[LinearSpec], target: str
+) -> QuantizationPlan:
+    """The plan itself if `target` can express it, else the nearest that it can.
+
+    Only refused layers change (`target_rules.py` says how); the result's label is 'custom' then.
+    """
+    chosen = target_named(target)
+    layers = dict(plan.layers)
+    for spec in linears:
+        scheme = layers[spec.name]
+        if chosen.refuse(spec, scheme) is not None:
+            layers[spec.name] = chosen.nearest(spec, scheme)
+    if layers == dict(plan.layers):
+        return plan
+    nearest = QuantizationPlan("custom", layers)
+    nearest.check(linears)
+    return nearest
+
+
+def _parse(version: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in version.split("+")[0].split(".")[:3])
+    except ValueError as error:
+        raise InputError(f"a version must look like 10.9 or 8.6.0, got {version!r}") from error

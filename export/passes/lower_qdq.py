@@ -1,0 +1,119 @@
+"""Lower abstract linears to standard operators: the `qdq` target."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from ..contents import LinearContents
+from ..emit import Emitter
+from ..opsets import BLOCKS_KEY, LINEAR_OP, LINEARS_KEY, QDIT_DOMAIN, ComputeDtype, onnx_dtype
+from ..opsets import torch_dtype as as_torch_dtype
+from ..qdq_activation import emit_fake_quantization
+from ..qdq_weight import emit_weight
+
+
+class LowerQdqPass(ir.passes.InPlacePass):
+    """Replace every `qdit::GroupQuantLinear(layer)` by y = Q_a(x) Ŵ + b in standard operators.
+
+    Requires: contents for every layer that the model names; the shape and dtype of every node's
+    input known, its last dimension the layer's K; blocks recorded (`RecordBlocksPass`).
+    Ensures: no node of domain 'qdit'; initializers are lazy, so nothing is loaded yet; metadata
+    'qdit.linears' maps each layer to its input and output value, sizes and scheme. Cases:
+
+    1. Quantized activations: their fake quantization (`emit_fake_quantization`) precedes MatMul.
+    2. Linears that read one value with equal activation schemes share one fake quantization.
+    3. Quantized weights: DequantizeLinear (`emit_weight`).
+    4. Weight-only (activation bits 16): the float input goes into MatMul.
+    5. 16-bit weights: MatMul with a float initializer.
+    6. A bias is added after the product; without one the product is the output.
+    7. Kept: everything outside the linears.
+    """
+
+    def __init__(self, contents: Mapping[str, LinearContents], dtype: ComputeDtype) -> None:
+        super().__init__()
+        self.contents = contents
+        self.dtype: ComputeDtype = dtype
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        lowering = _Lowering(model, self.dtype)
+        for node in list(model.graph):
+            if (node.domain, node.op_type) == (QDIT_DOMAIN, LINEAR_OP):
+                lowering.lower(node, self.contents[node.attributes["layer"].as_string()])
+        model.metadata_props[LINEARS_KEY] = json.dumps(lowering.records)
+        return ir.passes.PassResult(model, bool(lowering.records))
+
+
+class _Lowering:
+    """The state of one run over a graph."""
+
+    def __init__(self, model: ir.Model, dtype: ComputeDtype) -> None:
+        self.graph = model.graph
+        self.emit = Emitter(model.graph)
+        self.dtype: ComputeDtype = dtype
+        self.records: dict[str, dict[str, Any]] = {}
+        self._named = set(json.loads(model.metadata_props.get(BLOCKS_KEY, "[]")))
+        self._quantized: dict[tuple[int, int, int, bool], ir.Value] = {}
+
+    def lower(self, node: ir.Node, contents: LinearContents) -> None:
+        self.emit.anchor = node
+        spec, old = contents.spec, node.outputs[0]
+        x = node.inputs[0]
+        if x is None or old.shape is None:
+            raise ValueError(f"{spec.name} has no input or no shape")
+        self._name_input(x, spec.input_name)
+        operand = self._activation(x, contents)
+        matrix = emit_weight(self.emit, contents, self.dtype)
+        compute = onnx_dtype(self.dtype)
+        name = f"{spec.name}/product" if contents.bias is not None else f"{spec.name}.output"
+        output = self.emit.node("MatMul", [operand, matrix], name, compute, old.shape)
+        if contents.bias is not None:
+            bias = self._bias(contents.bias, f"{spec.name}.bias")
+            output = self.emit.node(
+                "Add", [output, bias], f"{spec.name}.output", compute, old.shape
+            )
+        ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
+        self.graph.remove(node, safe=True)
+        self._record(contents, x, output)
+
+    def _activation(self, x: ir.Value, contents: LinearContents) -> ir.Value:
+        scheme, k = contents.scheme, contents.spec.in_features
+        if not scheme.quantizes_activations:
+            return x
+        bits, symmetric = scheme.activation_bits, scheme.activation_symmetric
+        size = scheme.activation_group_size(k)
+        key = (id(x), bits, size, symmetric)
+        if key not in self._quantized:
+            label = f"a{bits}_{scheme.activation_group}" + ("" if symmetric else "_asym")
+            self._quantized[key] = emit_fake_quantization(
+                self.emit, x, scheme, k, f"{x.name}/{label}"
+            )
+        return self._quantized[key]
+
+    def _bias(self, bias: torch.Tensor, name: str) -> ir.Value:
+        array = bias.to(as_torch_dtype(self.dtype)).numpy()
+        return self.emit.initializer(
+            name, onnx_dtype(self.dtype), array.shape, lambda: ir.tensor(array)
+        )
+
+    def _name_input(self, x: ir.Value, name: str) -> None:
+        """Call the value that a linear reads by the linear's input name, the first one wins."""
+        if x.producer() is not None and x.name not in self._named:
+            x.name = name
+        self._named.add(str(x.name))
+
+    def _record(self, contents: LinearContents, x: ir.Value, output: ir.Value) -> None:
+        spec = contents.spec
+        self.records[spec.name] = {
+            "input": x.name,
+            "output": output.name,
+            "role": spec.role,
+            "block": spec.block,
+            "in_features": spec.in_features,
+            "out_features": spec.out_features,
+            "scheme": contents.scheme.to_json(),
+        }

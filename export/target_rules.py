@@ -1,0 +1,172 @@
+"""Which schemes each target can express, layer by layer, and the nearest scheme where it cannot.
+
+'Nearest' changes as little as it can, in this order: symmetric for asymmetric, a finer group, more
+bits, and last a side left unquantized. It never takes fewer bits or a coarser group.
+
+Facts marked [tested] are run by `tests/export/test_capabilities.py` against ONNX Runtime; the rest
+is from NVIDIA's documentation, as `docs/targets.md` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..calibrate.plan import LinearSpec
+from ..calibrate.schemes import GROUP_SIZES, UNQUANTIZED_BITS, LayerScheme
+
+# A reason why a scheme cannot be expressed, or None.
+Rule = Callable[[LinearSpec, LayerScheme], str | None]
+Nearest = Callable[[LinearSpec, LayerScheme], LayerScheme]
+
+_UNQUANTIZED = LayerScheme(weight_bits=UNQUANTIZED_BITS, activation_bits=UNQUANTIZED_BITS)
+
+# MatMulNBits computes blocks of these sizes right; 512 gave zeros (onnxruntime #28551). [tested]
+NBITS_BLOCKS = (16, 32, 64, 128, 256)
+_NBITS_GROUPS = tuple(size for size in NBITS_BLOCKS if size in GROUP_SIZES)
+
+# Coarser multiples repeat their scales over blocks of the smaller size.
+_INT4_BLOCK = 64
+_INT8_TENSOR_CORE_DEPTH = 32
+
+
+def nothing_refused(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """`qdq`: standard operators express every scheme that a plan can hold. [tested]"""
+    return None
+
+
+def as_it_is(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
+    return scheme
+
+
+def refuse_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """`onnxruntime`: MatMulNBits, or an int8 product a token where the plan says 'token'.
+
+    1. Weight-only: MatMulNBits in float; the group (K for 'channel') a multiple of a block of 16.
+    2. 'token' activations with 'channel' weights: MatMulInteger; symmetric activations.
+    3. Grouped activations: MatMulNBits at accuracy level 4; 8 bits, symmetric, groups 32 … 256
+       that divide the weight group (weight scales repeat, activation scales cannot). [tested]
+    """
+    if not scheme.quantizes_weights:
+        return None
+    k = spec.in_features
+    size = scheme.weight_group_size(k)
+    if not scheme.quantizes_activations:
+        return None if size % NBITS_BLOCKS[0] == 0 else _not_multiple("weight", size, 16)
+    if not scheme.activation_symmetric:
+        return "its integer products take symmetric activations only"
+    if scheme.activation_group == "token":
+        if scheme.weight_group == "channel":
+            return None
+        return "per-token activations need per-channel weights: one integer sum has one scale"
+    if scheme.activation_bits != 8:
+        return f"MatMulNBits quantizes activations to 8 bits, not {scheme.activation_bits}"
+    if scheme.activation_group not in _NBITS_GROUPS:
+        blocks = ", ".join(map(str, _NBITS_GROUPS))
+        return f"activation groups must be {blocks}, got {scheme.activation_group}"
+    if size % scheme.activation_group:
+        return (
+            f"the weight group {size} must be a multiple of the activation group "
+            f"{scheme.activation_group}: both are one block of MatMulNBits"
+        )
+    return None
+
+
+def nearest_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
+    if not scheme.quantizes_activations:
+        return _UNQUANTIZED  # only a K that 16 does not divide comes here
+    symmetric = replace(scheme, activation_symmetric=True)
+    if refuse_onnxruntime(spec, symmetric) is None:
+        return symmetric
+    k = spec.in_features
+    weight, wanted = scheme.weight_group_size(k), scheme.activation_group_size(k)
+    fitting = [size for size in _NBITS_GROUPS if size <= wanted and weight % size == 0]
+    if not fitting:
+        return scheme.weight_only()
+    return replace(symmetric, activation_bits=8, activation_group=max(fitting))
+
+
+def refuse_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """`tensorrt-plugin`: the plugin's own kernel, so every scheme but one kind of group.
+
+    An int8 tensor-core product is 32 channels deep, so a group must be a multiple of 32.
+    """
+    if not scheme.quantizes_activations:
+        return None
+    k = spec.in_features
+    depth = _INT8_TENSOR_CORE_DEPTH
+    for side, size in (
+        ("weight", scheme.weight_group_size(k)),
+        ("activation", scheme.activation_group_size(k)),
+    ):
+        if size % depth:
+            return _not_multiple(side, size, depth)
+    return None
+
+
+def nearest_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
+    k, depth = spec.in_features, _INT8_TENSOR_CORE_DEPTH
+    if k % depth:
+        return _UNQUANTIZED if scheme.weight_group == "channel" else scheme.weight_only()
+    made = scheme
+    if scheme.weight_group_size(k) % depth:
+        made = replace(made, weight_group=_finer_group(k, scheme.weight_group_size(k), depth))
+    if scheme.activation_group_size(k) % depth:
+        finer = _finer_group(k, scheme.activation_group_size(k), depth)
+        made = replace(made, activation_group=finer)
+    return made
+
+
+def refuse_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """`tensorrt-int8`: symmetric per-channel weights; activations per tensor with a fixed scale."""
+    if not scheme.quantizes_weights:
+        return None
+    if scheme.quantizes_activations:
+        return "activations must have one scale a tensor, fixed when the engine is built"
+    if scheme.weight_group != "channel":
+        return f"weights must have one scale a channel, got groups of {scheme.weight_group}"
+    if not scheme.weight_symmetric:
+        return "weights must be symmetric"
+    return None
+
+
+def nearest_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
+    """Unquantized where weights are grouped: one scale a channel would be coarser."""
+    if scheme.weight_group != "channel":
+        return _UNQUANTIZED
+    return replace(scheme.weight_only(), weight_symmetric=True)
+
+
+def refuse_tensorrt_int4(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """`tensorrt-int4`: weight-only, symmetric, 4 bits in blocks of 64 or 128."""
+    if not scheme.quantizes_weights:
+        return None
+    if scheme.quantizes_activations:
+        return "weights only: activations must stay at 16 bits"
+    if scheme.weight_bits > 4:
+        return f"weights have 4 bits at most, got {scheme.weight_bits}"
+    if not scheme.weight_symmetric:
+        return "weights must be symmetric"
+    size = scheme.weight_group_size(spec.in_features)
+    return _not_multiple("weight", size, _INT4_BLOCK) if size % _INT4_BLOCK else None
+
+
+def nearest_tensorrt_int4(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
+    k = spec.in_features
+    size = scheme.weight_group_size(k)
+    if scheme.weight_bits > 4 or size < _INT4_BLOCK or k % _INT4_BLOCK:
+        return _UNQUANTIZED
+    made = replace(scheme.weight_only(), weight_symmetric=True)
+    if size % _INT4_BLOCK:
+        made = replace(made, weight_group=_finer_group(k, size, _INT4_BLOCK))
+    return made
+
+
+def _finer_group(k: int, size: int, multiple_of: int) -> int:
+    """The largest group up to `size` that divides K and is a multiple; `multiple_of` divides K."""
+    fitting = [g for g in GROUP_SIZES if g <= size and k % g == 0 and g % multiple_of == 0]
+    return max(fitting, default=multiple_of)
+
+
+def _not_multiple(side: str, size: int, of: int) -> str:
+    return f"{side} groups must be multiples of {of}, got {size}"

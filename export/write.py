@@ -1,0 +1,127 @@
+"""Write a lowered model: checked, atomic, in one file or with external data past 2 GB."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from ..errors import StepError
+from ..progress import Progress
+from .inline import write_inline
+from .passes.spool_initializers import SpoolInitializersPass
+
+# protobuf reads messages up to 2 GiB - 1; the graph's own bytes fit into the rest.
+INLINE_LIMIT = 2**31 - 2**24
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A written file. `data_path` is the external data beside it, None when all is in one file."""
+
+    path: Path
+    data_path: Path | None
+    byte_size: int
+    opset: int
+    dtype: str
+
+
+def write_model(
+    model: ir.Model,
+    path: Path,
+    *,
+    dtype: str,
+    progress: Progress,
+    inline_limit: int = INLINE_LIMIT,
+) -> ExportedModel:
+    """Write `model` to `path`, with `<name>.data` beside it where it exceeds `inline_limit` bytes.
+
+    The files are made and checked (full check with shape inference) in a folder beside `path` and
+    then moved into place, the data first: a kill at any point leaves no file of the new model, or
+    a whole one. Identical initializers are stored once. Raises `StepError` where the checker
+    refuses the model or a node is not of a standard domain.
+    """
+    _check_domains(model)
+    with _partial_folder(path) as folder:
+        data = folder / f"{path.name}.data"
+        spool = SpoolInitializersPass(data, progress)
+        spool(model)
+        proto = ir.to_proto(model)
+        external = spool.byte_size + proto.ByteSize() > inline_limit
+        made = folder / path.name
+        if external:
+            made.write_bytes(proto.SerializeToString(deterministic=True))
+        else:
+            write_inline(proto, data, made)
+            data.unlink()
+        _check(made)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        _install(folder, path, external)
+    opset = model.graph.opset_imports[""]
+    data_path = path.with_name(data.name) if external else None
+    return ExportedModel(path, data_path, size, opset, dtype)
+
+
+def _check_domains(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.domain not in _STANDARD_DOMAINS:
+            raise StepError(
+                f"an exported file holds standard operators only, got {node.domain}::{node.op_type}"
+                f" in {node.name}; a lowering pass did not run"
+            )
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # the checker and shape inference raise kinds of their own
+        raise StepError(f"the ONNX checker refuses the exported model: {error}") from error
+
+
+@contextmanager
+def _partial_folder(path: Path) -> Iterator[Path]:
+    """A folder '.<name>.<pid>.partial' beside `path`, gone afterwards.
+
+    Folders that killed processes left are removed first.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{path.name}.*.partial"):
+        if not _is_running(old.name.split(".")[-2]):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _install(folder: Path, path: Path, external: bool) -> None:
+    """Move the files of `folder` into place: no order of events pairs old with new files."""
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    data = path.with_name(f"{path.name}.data")
+    if external or data.exists():
+        path.unlink(missing_ok=True)  # before the data that it reads changes under it
+        data.unlink(missing_ok=True)
+    if external:
+        (folder / data.name).replace(data)
+    (folder / path.name).replace(path)
