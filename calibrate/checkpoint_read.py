@@ -98,10 +98,8 @@ def _file_in(folder: Path, name: str) -> Path:
             f"without a path, got {name[:80]!r}; it lies beside {MANIFEST_NAME}"
         )
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        raise UnsafePathError(
-            f"{path} is a link out of its folder to {path.resolve()}; copy the file instead"
-        )
+    if path.is_symlink() and not _stays_in(path, folder):
+        raise UnsafePathError(f"{path} is a link out of its folder; copy the file instead")
     if not path.exists():
         raise MissingFileError(
             f"there is no {name} in {folder}; name the folder of a finished export, "
@@ -110,6 +108,13 @@ def _file_in(folder: Path, name: str) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise MissingFileError(f"{path} must be a regular file")
     return path
+
+
+def _stays_in(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().parent == folder.resolve()
+    except RuntimeError:  # how pathlib reports a loop of links before Python 3.13
+        return False
 
 
 def _check_size(path: Path, entry: WeightsEntry) -> None:

@@ -170,7 +170,10 @@ def _read_header(handle: BinaryIO, size: int, path: Path) -> _Header:
             f"{path} claims a header of {length} bytes, only {size - _LENGTH_BYTES} follow; "
             "export again"
         )
-    return _Header(length, parse_json_object(handle.read(length), f"the header of {path}"))
+    text = handle.read(length)
+    if not text.startswith(b"{"):
+        raise InvalidHeaderError(f"the header of {path} must begin with '{{', got {text[:8]!r}")
+    return _Header(length, parse_json_object(text, f"the header of {path}"))
 
 
 def _entry(name: str, value: object, path: Path) -> tuple[TensorEntry, int, int]:
@@ -180,7 +183,7 @@ def _entry(name: str, value: object, path: Path) -> tuple[TensorEntry, int, int]
             f"{path}: tensor {name} must have exactly the keys dtype, shape, data_offsets"
         )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise WrongDtypeError(
             f"{path}: tensor {name} must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}"
         )

@@ -30,6 +30,12 @@ CONFIG: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # matrices here are tiny: waking a second thread costs more than its work, twice over in CI
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., DiffusionModel]:
     """A function (tied=True, seed=0, **config) → a random DiT of hidden size 64 and two blocks."""
