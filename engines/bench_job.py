@@ -52,24 +52,24 @@ def run_bench(
     schedule = Schedule(tuple(sorted(set(batches))), runs, seconds)
     settings = RunSettings(resolve_device(device), threads or usable_cores())
     load = _check_load(settings, progress)
-    subject = open_subject(
-        source,
-        scheme.plan_for,
-        blocks=blocks,
-        seed=seed,
-        device=settings.device,
-        progress=progress,
-    )
-    check_scheme_flags(subject, scheme)
-    with tempfile.TemporaryDirectory(prefix="qdit-bench-") as work:
-        rows = measure(chosen, subject, schedule, settings, Path(work), progress)
+    with tempfile.TemporaryDirectory(prefix="qdit-bench-") as folder:
+        work = Path(folder)
+        subject = open_subject(
+            source,
+            scheme.plan_for,
+            blocks=blocks,
+            seed=seed,
+            device=settings.device,
+            work=work / "subject",
+            progress=progress,
+        )
+        check_scheme_flags(subject, scheme)
+        rows = measure(chosen, subject, schedule, settings, work / "targets", progress)
     results = BenchmarkResults(
         machine=describe_machine(),
         command=command,
         rows=rows,
-        settings=subject.facts()
-        | _settings_json(schedule, settings)
-        | {"load_average_before": load},
+        settings=subject.facts() | _settings_json(schedule, settings, load),
     )
     publish(results, json_file, progress)
     return results

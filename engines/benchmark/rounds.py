@@ -19,7 +19,9 @@ from .subject import Subject
 from .target import Prepared, RunSettings
 from .worker_handle import TargetFailedError, WorkerHandle
 
-# A pool that still spins after its run would take cores from the next target: let it go to sleep.
+# A pool that still spins after its run would take cores from the next target. Measured on two
+# cores: libgomp (torch) spins for about 5 ms of CPU time; ONNX Runtime would for tens of ms, which
+# its target's session option ends at once.
 SETTLE_S = 0.02
 MOST_RUNS = 200
 
@@ -65,6 +67,8 @@ def measure(
     progress: Progress,
 ) -> list[Row]:
     """Prepare, load, warm up and time all targets; rows by batch size, then by target.
+
+    Files go to `work`, each target's own to a folder of its name there.
 
     A target that fails anywhere has its error in its rows from there on; the others go on.
     """

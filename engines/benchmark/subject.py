@@ -26,10 +26,10 @@ class Subject(Protocol):
     def full_precision_arguments(self) -> dict[str, Any]:
         """Keyword arguments with which a worker's `load_model` loads the same model."""
 
-    def quantized_folder(self, work: Path) -> Path:
-        """The quantized checkpoint's folder; where one must be written, it is below `work`."""
+    def quantized_folder(self) -> Path:
+        """The quantized checkpoint's folder."""
 
-    def qdq_file(self, work: Path) -> Path:
+    def qdq_file(self) -> Path:
         """The standard ONNX file of the quantized model."""
 
     def inputs(self, batch: int) -> dict[str, np.ndarray]:

@@ -31,12 +31,16 @@ def open_subject(
     blocks: int | None,
     seed: int,
     device: str,
+    work: Path,
     progress: Progress,
 ) -> Subject:
-    """An exported folder where `source` is one, else a model source (see `load_model`)."""
+    """An exported folder where `source` is one, else a model source (see `load_model`).
+
+    Files that must be made are made in `work`.
+    """
     folder = Path(source).expanduser()
     if not (folder / MANIFEST).is_file():
-        return ModelSubject(source, plan_for, blocks, seed, device, progress)
+        return ModelSubject(source, plan_for, blocks, seed, device, work, progress)
     if blocks is not None:
         raise InputError(
             f"--blocks shortens a model before its export, got it with the exported folder "
@@ -55,12 +59,14 @@ class ModelSubject:
         blocks: int | None,
         seed: int,
         device: str,
+        work: Path,
         progress: Progress,
     ) -> None:
         self.source = source
         self.blocks = blocks
         self.seed = seed
         self.device = device
+        self.work = work
         self.progress = progress
         self._plan_for = plan_for
         self._model: DiffusionModel | None = None
@@ -90,7 +96,7 @@ class ModelSubject:
     def full_precision_arguments(self) -> dict[str, Any]:
         return {"source": self.source, "seed": self.seed, "blocks": self.blocks}
 
-    def quantized_folder(self, work: Path) -> Path:
+    def quantized_folder(self) -> Path:
         if self._folder is None:
             model, self._model = self.full_precision(), None  # quantizing replaces its linears
             result = quantize_model(
@@ -99,16 +105,16 @@ class ModelSubject:
             checkpoint = QuantizedCheckpoint.from_result(
                 model, self._plan, result.weights, {"weights": "nearest"}, {}
             )
-            folder = work / "checkpoint"
+            folder = self.work / "checkpoint"
             checkpoint.write(folder)
             self._folder = folder
         return self._folder
 
-    def qdq_file(self, work: Path) -> Path:
+    def qdq_file(self) -> Path:
         if self._qdq is None:
-            checkpoint = QuantizedCheckpoint.read(self.quantized_folder(work))
+            checkpoint = QuantizedCheckpoint.read(self.quantized_folder())
             self.progress.say("exporting the quantized model")
-            path = work / "qdq" / QDQ_FILE
+            path = self.work / "qdq" / QDQ_FILE
             path.parent.mkdir(parents=True)
             export_qdq(checkpoint, path, progress=self.progress)
             self._qdq = path
@@ -166,10 +172,10 @@ class ExportedSubject:
         source = None if self._source.kind == "demo" else self._source.location
         return {"source": source, "seed": self._source.seed or 0, "blocks": None}
 
-    def quantized_folder(self, work: Path) -> Path:
+    def quantized_folder(self) -> Path:
         return self.folder
 
-    def qdq_file(self, work: Path) -> Path:
+    def qdq_file(self) -> Path:
         path = self.folder / QDQ_FILE
         if not path.is_file():
             raise InputError(f"no {QDQ_FILE} in {self.folder}; run qdit-export to its end first")

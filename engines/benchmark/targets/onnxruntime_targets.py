@@ -62,7 +62,7 @@ class Qdq:
     """The quantized model as its standard ONNX file."""
 
     def prepare(self, subject: Subject, folder: Path) -> Prepared:
-        path = subject.qdq_file(folder.parent)
+        path = subject.qdq_file()
         return Prepared({"path": str(path)}, onnx_bytes(path))
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:

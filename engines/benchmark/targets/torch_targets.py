@@ -95,7 +95,7 @@ class Simulation:
     """The quantized checkpoint as simulated in PyTorch: exact in meaning, not meant to be fast."""
 
     def prepare(self, subject: Subject, folder: Path) -> Prepared:
-        checkpoint = subject.quantized_folder(folder.parent)
+        checkpoint = subject.quantized_folder()
         return Prepared(
             {"checkpoint": str(checkpoint)}, QuantizedCheckpoint.read(checkpoint).byte_size
         )
