@@ -73,7 +73,7 @@ class BlockStore:
             name: {"bits": weight.bits, "error": asdict(result.errors[name])}
             for name, weight in result.weights.items()
         }
-        metadata = {"key": self._key, "layers": json.dumps(layers, sort_keys=True)}
+        metadata = {"key": self._key, "layers": json.dumps(layers)}  # in model order
         with atomic_path(self._path(block)) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 

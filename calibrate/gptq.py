@@ -35,7 +35,7 @@ class GptqSettings:
 
     damping: float = 0.01
     block_size: int = 128
-    clipped: bool = True
+    clipped: bool = False
 
 
 def gptq(
@@ -45,7 +45,7 @@ def gptq(
     *,
     damping: float = 0.01,
     block_size: int = 128,
-    clipped: bool = True,
+    clipped: bool = False,
     progress: Progress = _SILENT,
 ) -> QuantizedWeight:
     """Quantize weight [N, K] for inputs of Hessian [K, K]; works in the weight's precision.
