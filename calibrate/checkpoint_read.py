@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ..errors import InputError
+from ..errors import ArtifactError, InputError
 from ..files import sha256_of_file
 from .artifact_errors import (
     FileTooLargeError,
@@ -39,6 +39,7 @@ from .tensor_file import TensorFile, read_entries
 
 # DiT-XL/2's manifest has 0.1 MB.
 MAX_MANIFEST_BYTES = 16 << 20
+_MESSAGE_LENGTH = 600
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -49,8 +50,16 @@ def read_parts(folder: Path) -> CheckpointParts:
     """
     try:
         return _read(folder)
+    except ArtifactError as error:
+        raise type(error)(_printable(str(error))) from error
     except OSError as error:
         raise MissingFileError(f"{folder} cannot be read: {error}") from error
+
+
+def _printable(message: str) -> str:
+    """One line of bounded length: names and values out of a hostile file end up in messages."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message[: 2 * _MESSAGE_LENGTH])
+    return line if len(line) <= _MESSAGE_LENGTH else line[: _MESSAGE_LENGTH - 1] + "…"
 
 
 def _read(folder: Path) -> CheckpointParts:

@@ -33,6 +33,7 @@ from .strict_json import parse_json_object
 
 # DiT-XL/2 needs 0.1 MB; the library itself allows 100 MB.
 MAX_HEADER_BYTES = 16 << 20
+_MAX_RANK = 8
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _SILENT = Silent()
@@ -189,6 +190,10 @@ def _entry(name: str, value: object, path: Path) -> tuple[TensorEntry, int, int]
         )
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise InvalidHeaderError(f"{path}: shape and data_offsets of {name} must be whole numbers")
+    if len(shape) > _MAX_RANK:
+        raise InvalidHeaderError(
+            f"{path}: tensor {name} may have {_MAX_RANK} dimensions, it has {len(shape)}"
+        )
     entry = TensorEntry(dtype, tuple(shape))
     begin, end = offsets
     if end - begin != entry.byte_size:
@@ -200,8 +205,10 @@ def _entry(name: str, value: object, path: Path) -> tuple[TensorEntry, int, int]
 
 
 def _whole_numbers(value: object) -> bool:
-    # type() and not isinstance: True is an int
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    # type() and not isinstance: True is an int; 64 bits are what any reader can hold
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < 1 << 63 for item in value
+    )
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_size: int, path: Path) -> None:

@@ -198,10 +198,13 @@ class TestManifestKeys:
         victim.put_manifest(manifest)
         victim.refuse(errors.InvalidValueError, rf"qdit\.json: {path}.*, got ")
 
-    def test_a_long_value_is_shown_short(self, victim: Any) -> None:
-        manifest = victim.manifest
-        manifest["format"] = "x" * 10_000
-        victim.put_manifest(manifest)
-        with pytest.raises(errors.InvalidValueError) as caught:
+    @pytest.mark.parametrize("key", ["format", "version"])
+    def test_a_long_value_is_shown_short(self, victim: Any, key: str) -> None:
+        victim.put_manifest(victim.manifest | {key: "x" * 100_000})
+        with pytest.raises(errors.InvalidValueError, match="xxx") as caught:
             victim.read()
-        assert len(str(caught.value)) < 400
+        assert len(str(caught.value)) <= 600
+
+    def test_control_characters_do_not_reach_the_terminal(self, victim: Any) -> None:
+        victim.put_manifest(victim.manifest | {"a\n\x1b[2Jb": 1})
+        victim.refuse(errors.UnknownKeyError, r"unknown key 'a\\+n\\+x1b\[2Jb'")

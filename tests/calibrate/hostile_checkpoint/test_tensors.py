@@ -138,7 +138,9 @@ class TestTensorFile:
             (set_entry(PACKED, dtype=["U8"]), errors.WrongDtypeError, r"got \['U8'\]"),
             (set_entry(PACKED, dtype=None), errors.WrongDtypeError, "got None"),
             (set_entry(PACKED, shape=[36, 15]), errors.SizeMismatchError, "takes 540 bytes"),
-            (set_entry(PACKED, shape=[2**40] * 40), errors.SizeMismatchError, "its offsets span"),
+            (set_entry(PACKED, shape=[2**62] * 8), errors.SizeMismatchError, "its offsets span"),
+            (set_entry(PACKED, shape=[2**63, 1]), errors.InvalidHeaderError, "whole numbers"),
+            (set_entry(PACKED, shape=[2] * 99), errors.InvalidHeaderError, "8 dimensions, it has"),
             (set_entry(PACKED, data_offsets=[9, 3]), errors.SizeMismatchError, "offsets span -6"),
             (set_entry(PACKED, data_offsets=[0, 504]), errors.SizeMismatchError, "must begin at"),
             (
@@ -166,6 +168,8 @@ class TestTensorFile:
             "dtype null",
             "shape too large",
             "shape enormous",
+            "shape over 64 bits",
+            "99 dimensions",
             "offsets reversed",
             "offsets overlap",
             "offsets beyond the file",
@@ -287,6 +291,10 @@ class TestTensors:
     ) -> None:
         victim.change_tensors(change)
         victim.refuse(error, match)
+
+    def test_a_name_cannot_write_on_the_terminal(self, victim: Any) -> None:
+        victim.change_tensors(lambda tensors: tensors.update({"a\n\x1b[2Jb": torch.zeros(1)}))
+        victim.refuse(errors.UnknownTensorError, r"has the tensor a\\n\\x1b\[2Jb, which")
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
     @pytest.mark.parametrize("name", [SCALE, "proj_out_1.bias"])
