@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ..calibrate.checkpoint_model import empty_denoiser
-from ..calibrate.families.base import Denoiser, Family
 from ..errors import InputError
+
+if TYPE_CHECKING:  # an engine needs no torch: not its import time, and not its memory
+    from torch import Tensor
+
+    from ..calibrate.families.base import Denoiser, Family
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,6 +78,10 @@ def as_denoiser(engine: Engine, family: Family, config: dict[str, Any]) -> Denoi
     The engine's first inputs are the denoiser's, in the family's order. The result is on the
     device and in the dtype of x.
     """
+    import torch
+
+    from ..calibrate.checkpoint_model import empty_denoiser
+
     outline = empty_denoiser(family, config, {})
     names = [spec.name for spec in family.inputs(outline)]
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
-from ..calibrate.families.base import Denoiser, Family
 from ..errors import ArtifactError, InputError, StepError
 from .engine import Arrays, TensorSpec, as_denoiser, check_inputs
+
+if TYPE_CHECKING:
+    from ..calibrate.families.base import Denoiser, Family
 
 CPU = "CPUExecutionProvider"
 
@@ -124,6 +125,9 @@ def _session_options(threads: int | None, fold_weights: bool, optimize: bool) ->
         if threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}")
         options.intra_op_num_threads = threads
+    # Threads that spin on after a run take the cores from whatever runs next (torch, in a proof;
+    # another target, in a benchmark). Within a run they still spin.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # The exported pattern is not one that ONNX Runtime fuses (docs/adr/0003). Should a newer one
@@ -153,6 +157,8 @@ def _open(
 
 def _with_outputs(path: Path, names: tuple[str, ...]) -> bytes:
     """The model's bytes with inner values as further outputs; external data stays where it is."""
+    import onnx  # only proofs look inside: a deployed engine does not pay for it
+
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf raises kinds of its own
