@@ -41,6 +41,7 @@ _ONNX = ".targets.onnxruntime_targets"
 _TORCH = ".targets.torch_targets"
 register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime", quantized=False)
 register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
+register("qdq-packed", f"{_ONNX}:QdqPacked", "model.onnx, weights kept packed", quantized=True)
 register("torch", f"{_TORCH}:Eager", "full precision in PyTorch, eager", quantized=False)
 register("torch-compile", f"{_TORCH}:Compiled", "full precision, torch.compile", quantized=False)
 register("torch-simulation", f"{_TORCH}:Simulation", "simulated quantization", quantized=True)

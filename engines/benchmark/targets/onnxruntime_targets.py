@@ -20,12 +20,15 @@ class OnnxRuntimeRunner:
 
     weight_bytes: int | None = None
 
-    def __init__(self, path: Path, settings: RunSettings) -> None:
+    def __init__(self, path: Path, settings: RunSettings, *, fold_weights: bool = True) -> None:
         from ...onnxruntime_engine import OnnxRuntimeEngine
 
         self.device = settings.device
         self._engine = OnnxRuntimeEngine(
-            path, providers=providers_for(settings.device), threads=settings.threads
+            path,
+            providers=providers_for(settings.device),
+            threads=settings.threads,
+            fold_weights=fold_weights,
         )
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
@@ -59,14 +62,23 @@ class FullPrecision:
 
 
 class Qdq:
-    """The quantized model as its standard ONNX file."""
+    """The quantized model as its standard ONNX file, weights dequantized once at load."""
+
+    fold_weights = True
 
     def prepare(self, subject: Subject, folder: Path) -> Prepared:
         path = subject.qdq_file()
         return Prepared({"path": str(path)}, onnx_bytes(path))
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
-        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+        path = Path(prepared.settings["path"])
+        return OnnxRuntimeRunner(path, settings, fold_weights=self.fold_weights)
+
+
+class QdqPacked(Qdq):
+    """The same file with its weights left packed: less memory, dequantized in every run."""
+
+    fold_weights = False
 
 
 def providers_for(device: str) -> Sequence[str]:

@@ -42,7 +42,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TARGETS_RUN = ("fp32", "qdq", "torch", "torch-simulation")
+TARGETS_RUN = ("fp32", "qdq", "qdq-packed", "torch", "torch-simulation")
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,19 @@ def test_every_target_runs_the_same_model(results: BenchmarkResults) -> None:
         (batch, target) for batch in (1, 2) for target in TARGETS_RUN
     ]
     rows = {row.target: row for row in results.rows if row.batch == 2}
-    assert [row.error for row in rows.values()] == [None] * 4
+    assert [row.error for row in rows.values()] == [None] * len(TARGETS_RUN)
     difference = {name: row.relative_difference_to_first or 0.0 for name, row in rows.items()}
     # the same float32 model in two runtimes: some hundred roundings of 2^-24
     assert difference["torch"] < 1e-5
     # quantized by nearest at 4 bits: some percent off, by the simulation and by the file alike
     assert 0.005 < difference["qdq"] < 0.5
+    assert difference["qdq-packed"] == pytest.approx(difference["qdq"], rel=0.02)
     assert difference["torch-simulation"] == pytest.approx(difference["qdq"], rel=0.02)
 
 
 def test_json_and_plot_are_written(results: BenchmarkResults, json_file: Path) -> None:
     written = json.loads(json_file.read_text("utf-8"))
-    assert len(written["results"]) == 8
+    assert len(written["results"]) == 2 * len(TARGETS_RUN)
     assert written["settings"]["plan"]["bits"] == "w4a8"
     assert written["settings"]["threads"] == 1
     assert json_file.with_suffix(".svg").stat().st_size > 1000
@@ -142,12 +143,13 @@ def test_a_run_without_any_figure_is_a_failure_and_still_writes_json(
 
 
 def test_torch_compile_without_a_compiler_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fakes: Callable[..., list[Registration]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "no-compiler"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    results = bench(SMALL, SCHEME, ("torch-compile", "torch"), blocks=1, batches=(1,))
-    compiled, eager = results.rows
+    fakes("Plain")
+    results = bench(SMALL, SCHEME, ("torch-compile", "Plain"), blocks=1, batches=(1,))
+    compiled, plain = results.rows
     assert compiled.error is not None
     assert "install g++ or clang++" in compiled.error
-    assert eager.error is None
+    assert plain.error is None

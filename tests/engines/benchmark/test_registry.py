@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from qdit.engines.benchmark.registry import TARGETS, registrations
 from qdit.errors import InputError
 
-KNOWN = "fp32, qdq, torch, torch-compile, torch-simulation"
+KNOWN = "fp32, qdq, qdq-packed, torch, torch-compile, torch-simulation"
 
 
 @pytest.mark.parametrize(
@@ -32,3 +35,17 @@ def test_every_registered_target_can_be_imported(name: str) -> None:
     target = TARGETS[name].load()
     assert callable(target.prepare)
     assert callable(target.load)
+
+
+def test_a_worker_of_an_onnx_target_does_not_load_torch() -> None:
+    code = """
+import sys
+import qdit.engines.benchmark.worker
+import qdit.engines.onnxruntime_engine
+from qdit.engines.benchmark.registry import TARGETS
+TARGETS["qdq"].load()
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # its 300 MB and its thread pools would be counted as the target's
+    assert done.stdout.strip() == "False"
