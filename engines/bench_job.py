@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ..errors import InputError, StepError
 from ..progress import Progress
 from .benchmark.plot import write_plot
@@ -17,7 +15,7 @@ from .benchmark.results import BenchmarkResults
 from .benchmark.rounds import Schedule, measure
 from .benchmark.subject import Subject
 from .benchmark.subjects import ExportedSubject, open_subject
-from .benchmark.table import failures, results_table
+from .benchmark.table import failures, print_results
 from .benchmark.target import RunSettings
 from .export_job import resolve_device
 from .machine import describe_machine, load_average, usable_cores
@@ -103,7 +101,7 @@ def check_scheme_flags(subject: Subject, scheme: SchemeOptions) -> None:
 
 def publish(results: BenchmarkResults, json_file: Path | None, progress: Progress) -> None:
     """Print table and failures, write the files, and fail when nothing was timed."""
-    Console().print(results_table(results))
+    print_results(results)
     lines = failures(results)
     for line in lines:
         progress.say(line)

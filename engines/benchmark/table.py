@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 from .results import BenchmarkResults, Row
 
 _ABSENT = "–"
+_FIGURES = ("median ms", "min … max", "runs", "images/s", "speed", "peak memory", "files")
+# Room for every column: in a pipe, where rich would take 80 columns and cut the figures off.
+_WIDTH = 120
+
+
+def print_results(results: BenchmarkResults) -> None:
+    """Print the table to stdout, at full width where no terminal limits it."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    console.print(results_table(results))
 
 
 def results_table(results: BenchmarkResults) -> Table:
     """One line a target and batch size; × columns compare with the batch's first target."""
     first = results.rows[0].target if results.rows else ""
     table = Table(
+        box=SIMPLE,
         title=f"{results.settings.get('model', '')} · {results.machine['summary']}",
         caption=f"× against {first}: speed above 1 is faster; memory and size below 1 are smaller. "
         "Images/s counts one denoiser call an image.",
     )
     table.add_column("batch", justify="right")
-    table.add_column("target")
-    for heading in ("median ms", "min … max", "runs", "images/s", "speed", "peak memory", "×"):
-        table.add_column(heading, justify="right")
-    table.add_column("files", justify="right")
-    table.add_column("×", justify="right")
+    table.add_column("target", no_wrap=True)
+    for heading in _FIGURES:
+        table.add_column(heading, justify="right", no_wrap=True)
     for position, row in enumerate(results.rows):
         ends_batch = results.rows[position + 1 : position + 2] != [] and (
             results.rows[position + 1].batch != row.batch
@@ -47,11 +59,13 @@ def _cells(results: BenchmarkResults, row: Row) -> list[str]:
         str(row.batch),
         row.target,
         *figures,
-        size(row.peak_memory_bytes),
-        ratio(results.memory_ratio(row)),
-        size(row.file_bytes),
-        ratio(results.size_ratio(row)),
+        _with_ratio(row.peak_memory_bytes, results.memory_ratio(row)),
+        _with_ratio(row.file_bytes, results.size_ratio(row)),
     ]
+
+
+def _with_ratio(value: int | None, compared: float | None) -> str:
+    return size(value) if compared is None else f"{size(value)} {ratio(compared)}"
 
 
 def failures(results: BenchmarkResults) -> list[str]:
