@@ -150,9 +150,7 @@ REFUSED = [
         "no quantizable linear of this model; did you mean transformer_blocks.0.attn1.to_",
         id="near miss",
     ),
-    pytest.param(
-        {"version": 1, "layers": {"#": {}}}, f"the first one is {OUT}", id="nothing near"
-    ),
+    pytest.param({"version": 1, "layers": {"#": {}}}, f"the first one is {OUT}", id="nothing near"),
 ]
 
 
