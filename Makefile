@@ -33,7 +33,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 imports: $(DEV)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 
 types: $(DEV)
 	@mkdir -p $(TYPING) && ln -sfn ../.. $(TYPING)/qdit
