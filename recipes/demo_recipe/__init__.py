@@ -1,0 +1,1 @@
+"""The parts of the demo recipe: data, extractor, DiT training, sampling and the model card."""
