@@ -17,7 +17,7 @@ from .benchmark.subject import Subject
 from .benchmark.subjects import ExportedSubject, open_subject
 from .benchmark.table import failures, print_results
 from .benchmark.target import RunSettings
-from .export_job import resolve_device
+from .devices import resolve_device
 from .machine import describe_machine, load_average, usable_cores
 from .options import SchemeOptions
 
@@ -102,14 +102,11 @@ def check_scheme_flags(subject: Subject, scheme: SchemeOptions) -> None:
 def publish(results: BenchmarkResults, json_file: Path | None, progress: Progress) -> None:
     """Print table and failures, write the files, and fail when nothing was timed."""
     print_results(results)
-    lines = failures(results)
-    for line in lines:
-        progress.say(line)
     if json_file is not None:
         results.write(json_file)
         progress.say(f"wrote {json_file}")
     if all(row.latency is None for row in results.rows):
-        raise StepError(f"no target could be timed: {lines[0] if lines else 'no results'}")
+        raise StepError(f"no target could be timed: {failures(results)[0]}")
     if json_file is not None:
         plot = json_file.with_suffix(".svg")
         write_plot(results, plot)

@@ -15,11 +15,13 @@ _WIDTH = 120
 
 
 def print_results(results: BenchmarkResults) -> None:
-    """Print the table to stdout, at full width where no terminal limits it."""
+    """Print table and failures to stdout, at full width where no terminal limits it."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
     console.print(results_table(results))
+    for line in failures(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def results_table(results: BenchmarkResults) -> Table:

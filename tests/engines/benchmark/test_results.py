@@ -13,7 +13,7 @@ from rich.console import Console
 
 from qdit.engines.benchmark.plot import write_plot
 from qdit.engines.benchmark.results import BenchmarkResults, Latency, Row
-from qdit.engines.benchmark.table import failures, results_table, size, three_digits
+from qdit.engines.benchmark.table import failures, print_results, results_table, size, three_digits
 
 
 @pytest.fixture
@@ -83,10 +83,13 @@ def test_the_table_shows_figures_and_ratios(results: BenchmarkResults) -> None:
     assert sum("failed" in line for line in lines) == 2
 
 
-def test_a_target_that_failed_is_named_once(results: BenchmarkResults) -> None:
-    assert failures(results) == [
-        "torch-compile failed at batch 1: torch.compile needs a C++ compiler"
-    ]
+def test_a_target_that_failed_is_named_once(
+    results: BenchmarkResults, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "torch-compile failed at batch 1: torch.compile needs a C++ compiler"
+    assert failures(results) == [line]
+    print_results(results)
+    assert capsys.readouterr().out.count(line) == 1
 
 
 @pytest.mark.parametrize(
