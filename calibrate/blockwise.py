@@ -80,7 +80,7 @@ def quantize_model(
     if folder is not None:
         store = BlockStore(folder, _resume_key(model, plan, method, calibration, settings))
     job = _Job(model, plan, method, settings, progress)
-    with torch.inference_mode(), exact_float32():
+    with torch.no_grad(), exact_float32():
         return job.run(calibration, batch_size, torch.device(device), store)
 
 

@@ -52,7 +52,7 @@ def gptq(
 
     Raises `InputError` for a scheme that leaves weights alone, and what `inverse_factor` raises.
     """
-    with torch.inference_mode(), exact_float32():
+    with torch.no_grad(), exact_float32():
         wide = weight.dtype == torch.float64
         factor = inverse_factor(
             hessian.double() if wide else hessian.float(), damping, progress=progress

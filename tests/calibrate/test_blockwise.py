@@ -126,6 +126,9 @@ def test_the_denoiser_becomes_the_simulation(make_model: MakeModel) -> None:
         )
     for spec in model.linears:
         assert isinstance(model.denoiser.get_submodule(spec.name), QuantizedLinear)
+    # nothing was left behind that only lives in inference mode
+    assert not any(tensor.is_inference() for tensor in model.denoiser.state_dict().values())
+    model.denoiser.double().float()
 
 
 def test_mixed_plans_are_honoured(make_model: MakeModel) -> None:
