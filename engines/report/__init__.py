@@ -1,1 +1,1 @@
-"""The report: report.json, report.html and its pictures."""
+"""The written proof of an export: report.json, report.html and samples.png."""
