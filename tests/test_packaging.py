@@ -29,6 +29,8 @@ DATA_FILES = {
     "demo/scheduler/scheduler_config.json",
     "demo/transformer/config.json",
     "demo/transformer/diffusion_pytorch_model.safetensors",
+    "engines/report/report.css",
+    "engines/report/report.html.j2",
 }
 OPTIONAL_MODULES = [
     "fastapi",
