@@ -38,17 +38,30 @@ def export_standard(
     progress.say("tracing the denoiser")
     linears = [entry.spec for entry in contents.values()]
     model = trace(denoiser, family, linears, dtype=dtype, opset=opset)
-    common.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props[FAMILY_KEY] = family.name
+    model.graph.name = name
+    return lower_and_write(model, contents, path, dtype=dtype, progress=progress)
+
+
+def lower_and_write(
+    model: ir.Model,
+    contents: Mapping[str, LinearContents],
+    path: Path,
+    *,
+    dtype: ComputeDtype,
+    progress: Progress,
+) -> ExportedModel:
+    """Lower an abstract model (changed in place) to standard operators and write it to `path`."""
     ir.passes.Sequential(
         RecordBlocksPass(),
         LowerQdqPass(contents, dtype),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)
-    model.metadata_props.update({FAMILY_KEY: family.name, DTYPE_KEY: dtype})
-    model.graph.name = name
-    model.ir_version = ir_version(opset)
+    model.metadata_props[DTYPE_KEY] = dtype
+    model.ir_version = ir_version(model.graph.opset_imports[""])
     model.producer_name, model.producer_version = "qdit", __version__
     exported = write_model(model, path, dtype=dtype, progress=progress)
-    progress.say(f"wrote {path} ({exported.byte_size / 1e6:.1f} MB, opset {opset}, {dtype})")
+    megabytes, opset = exported.byte_size / 1e6, exported.opset
+    progress.say(f"wrote {path} ({megabytes:.1f} MB, opset {opset}, {dtype})")
     return exported

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, nn
 
 from ..calibrate.families.base import Family
@@ -62,6 +63,7 @@ def trace(
     model = _export(_Exported(denoiser.to(torch_dtype(dtype)), family).eval(), family, opset)
     clean_up()(model)
     NameValuesPass(_ROOT, names)(model)
+    common.ClearMetadataAndDocStringPass()(model)  # stack traces with this machine's paths
     _check_linears(model, linears)
     return model
 
