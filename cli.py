@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 from rich.console import Console
 
 from . import __version__
@@ -136,10 +135,9 @@ def _settings(context: typer.Context, names: type[Any], config: Path | None) -> 
     for name in names.model_fields:
         if name not in context.params:
             continue
-        given = context.get_parameter_source(name) not in (
-            ParameterSource.DEFAULT,
-            ParameterSource.DEFAULT_MAP,
-        )
+        source = context.get_parameter_source(name)
+        # compared by name: newer typer versions bring an enumeration of their own
+        given = source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
         if given:
             values[name] = _parsed(name, context.params[name])
     return values
@@ -208,14 +206,15 @@ def _export(
     quiet: Quiet = False,
     version: Version = False,
 ) -> int:
-    from .engines import export_job
+    from .engines.dry_run import dry_run as describe
+    from .engines.export_job import run_export
 
     options = build_options(ExportOptions, _settings(context, ExportOptions, config))
     with _terminal(verbose, quiet) as terminal:
         if dry_run:
-            Console().print(export_job.dry_run(options, terminal))
+            Console().print(describe(options, terminal))
             return 0
-        passed = export_job.run_export(options, command_line(), terminal)
+        passed = run_export(options, command_line(), terminal)
     return 0 if passed else GATE_FAILED
 
 

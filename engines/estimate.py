@@ -71,7 +71,7 @@ def estimate(options: ExportOptions, model: DiffusionModel, seconds_per_sample: 
     seconds = dict(_FIXED_SECONDS)
     if options.weights == "gptq":
         trajectories = -(-options.calib_samples // 8)
-        seconds["calibration set"] = trajectories * per_image
+        seconds["calibration"] = trajectories * per_image
         seconds["quantize"] = options.calib_samples * _GPTQ_FORWARDS * seconds_per_sample
     seconds["images"] = images * per_image * (1 + _QUANTIZED_COST)
     return Estimate(seconds, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,22 @@ from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.model import DiffusionModel
 from ..calibrate.plan import QuantizationPlan
 from ..calibrate.sources import load_model
-from ..calibrate.trajectories import CalibrationSet, collect_calibration_set
+from ..calibrate.trajectories import (
+    DEFAULT_PER_TRAJECTORY,
+    CalibrationSet,
+    collect_calibration_set,
+)
 from ..errors import InputError, StepError
 from ..export.capabilities import check as check_capabilities
+from ..export.opsets import check_opset
 from ..export.qdq import export_qdq
 from ..progress import Progress
+from .devices import default_batch_size, resolve_device
 from .options import ExportOptions
+from .proof_job import ProofJob, prove_and_report
 from .workspace import Workspace
 
 ONNX_NAME = "model.onnx"
-_BATCH = {"cpu": 16, "cuda": 64}
-CALIBRATION_FILE = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,22 +48,7 @@ class Job:
 
     @property
     def batch_size(self) -> int:
-        return self.options.batch_size or _BATCH[self.model.device.type]
-
-
-def resolve_device(name: str) -> str:
-    """'auto' → 'cuda' where there is one; a device that is not there is an `InputError`."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"device {name!r} is not there ({torch.cuda.device_count()} CUDA devices found); "
-            "use --device cpu"
-        )
-    return name
+        return self.options.batch_size or default_batch_size(self.model.device.type)
 
 
 def default_output(options: ExportOptions, model: DiffusionModel) -> Path:
@@ -69,6 +59,7 @@ def default_output(options: ExportOptions, model: DiffusionModel) -> Path:
 
 def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel, QuantizationPlan]:
     """Load the model, build the plan and refuse what no step later could do."""
+    check_opset(options.opset)
     device = resolve_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -88,8 +79,6 @@ def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel,
 
 def run_export(options: ExportOptions, command: str, progress: Progress) -> bool:
     """Run the whole job; True when the gate passed. The report is written either way."""
-    from .proof_job import prove_and_report  # the proof needs ONNX Runtime; fail late, not early
-
     model, plan = prepare(options, progress)
     output = options.output or default_output(options, model)
     _check_output(output)
@@ -100,20 +89,29 @@ def run_export(options: ExportOptions, command: str, progress: Progress) -> bool
         progress.say(f"reused finished steps: {', '.join(job.workspace.reused)}")
     # quantization replaced the linears of the loaded model: take the full-precision one afresh
     full = load_model(options.model, device=str(model.device), seed=options.seed)
-    return prove_and_report(
-        full, checkpoint, exported, options, job.workspace, command, job.batch_size, progress
+    proof = ProofJob(
+        full,
+        checkpoint,
+        exported,
+        options.dtype,
+        options,
+        job.workspace,
+        job.batch_size,
+        progress,
     )
+    return prove_and_report(proof, command)
 
 
 def quantize(job: Job) -> QuantizedCheckpoint:
     """Calibrate and quantize; the checkpoint lands in the output folder."""
     inputs = _quantize_inputs(job)
-    calibration_folder = _calibrate(job) if job.options.weights == "gptq" else None
+    calibrating = job.options.weights == "gptq"
+    calibration_folder = _calibrate(job) if calibrating else None
 
     def work(folder: Path) -> None:
         calibration = None
         if calibration_folder is not None:
-            calibration = CalibrationSet.read(calibration_folder / CALIBRATION_FILE)
+            calibration = _calibration_set(job, calibration_folder)
         result = quantize_model(
             job.model,
             job.plan,
@@ -129,7 +127,7 @@ def quantize(job: Job) -> QuantizedCheckpoint:
             job.plan,
             result.weights,
             provenance=_provenance(job),
-            metrics={name: vars(error) for name, error in result.errors.items()},
+            metrics={name: asdict(error) for name, error in result.errors.items()},
         ).write(job.output)
 
     job.workspace.run("quantize", inputs, work)
@@ -148,26 +146,28 @@ def _read_or_redo(job: Job, inputs: dict[str, Any], work: Any) -> QuantizedCheck
 
 
 def _calibrate(job: Job) -> Path:
-    options = job.options
     inputs = {
-        "model": vars(job.model.source),
-        "sampling": vars(options.sampling()),
-        "samples": options.calib_samples,
+        "model": asdict(job.model.source),
+        "sampling": asdict(job.options.sampling()),
+        "samples": job.options.calib_samples,
         "batch": job.batch_size,
     }
+    return job.workspace.run("calibration", inputs, lambda folder: _calibration_set(job, folder))
 
-    def work(folder: Path) -> None:
-        collect_calibration_set(
-            job.model,
-            options.sampling(),
-            options.calib_samples,
-            batch_size=job.batch_size,
-            device=job.model.device,
-            progress=job.progress,
-            folder=folder,
-        ).write(folder / CALIBRATION_FILE)
 
-    return job.workspace.run("calibration set", inputs, work)
+def _calibration_set(job: Job, folder: Path) -> CalibrationSet:
+    """Collect the set, or take it from `folder` where it lies finished."""
+    options = job.options
+    return collect_calibration_set(
+        job.model,
+        options.sampling(),
+        options.calib_samples,
+        per_trajectory=min(DEFAULT_PER_TRAJECTORY, options.num_inference_steps),
+        batch_size=job.batch_size,
+        device=job.model.device,
+        progress=job.progress,
+        folder=folder,
+    )
 
 
 def export_onnx(job: Job, checkpoint: QuantizedCheckpoint) -> Path:
@@ -187,7 +187,7 @@ def export_onnx(job: Job, checkpoint: QuantizedCheckpoint) -> Path:
         except InputError:
             raise
         except Exception as error:
-            raise StepError(f"the ONNX export of {checkpoint.manifest.model} failed") from error
+            raise StepError(f"the ONNX export of {checkpoint.model_name} failed") from error
 
     if not path.exists():
         job.workspace.forget("onnx")
@@ -198,12 +198,12 @@ def export_onnx(job: Job, checkpoint: QuantizedCheckpoint) -> Path:
 def _quantize_inputs(job: Job) -> dict[str, Any]:
     options = job.options
     inputs: dict[str, Any] = {
-        "model": vars(job.model.source),
+        "model": asdict(job.model.source),
         "plan": job.plan.to_json(),
         "weights": options.weights,
     }
     if options.weights == "gptq":
-        inputs |= {"sampling": vars(options.sampling()), "samples": options.calib_samples}
+        inputs |= {"sampling": asdict(options.sampling()), "samples": options.calib_samples}
     return inputs
 
 
@@ -211,7 +211,7 @@ def _provenance(job: Job) -> dict[str, Any]:
     options = job.options
     provenance: dict[str, Any] = {"weights": options.weights, "seed": options.seed}
     if options.weights == "gptq":
-        provenance["calibration"] = vars(options.sampling()) | {"samples": options.calib_samples}
+        provenance["calibration"] = asdict(options.sampling()) | {"samples": options.calib_samples}
     return provenance
 
 

@@ -16,6 +16,7 @@ from ..calibrate.plan import LinearSpec, QuantizationPlan
 from ..calibrate.schemes import UNQUANTIZED_BITS, LayerScheme
 from ..errors import ArtifactError, InputError
 from ..export.capabilities import TARGETS, check
+from ..export.opsets import LINEARS_KEY
 from ..files import canonical_json
 
 _MEGA = 1e6
@@ -89,7 +90,7 @@ def _inspect_folder(folder: Path) -> Inspection:
         "full precision (float16)": f"{checkpoint.full_precision_fp16_bytes / _MEGA:.1f} MB",
         "quantized checkpoint": f"{checkpoint.byte_size / _MEGA:.1f} MB",
     }
-    model = checkpoint.manifest.model.name
+    model = checkpoint.model_name
     return Inspection(str(folder), model, facts, rows, _targets(checkpoint.plan, linears), files)
 
 
@@ -120,10 +121,10 @@ def _inspect_onnx(path: Path) -> Inspection:
 
 def _rows_of(metadata: dict[str, str], path: Path) -> tuple[LinearRow, ...]:
     """The linears that the export recorded in the file; none for a file made elsewhere."""
-    if "qdit.linears" not in metadata:
+    if LINEARS_KEY not in metadata:
         return ()
     try:
-        linears = json.loads(metadata["qdit.linears"])
+        linears = json.loads(metadata[LINEARS_KEY])
         return tuple(
             LinearRow(
                 name,
@@ -155,13 +156,13 @@ def _value_text(value: onnx.ValueInfoProto) -> str:
 
 def _targets(plan: QuantizationPlan, linears: list[LinearSpec]) -> tuple[TargetRow, ...]:
     rows = []
-    for target in TARGETS:
-        refusals = check(plan, linears, target)
-        reason = ""
+    for name, target in TARGETS.items():
+        refusals = check(plan, linears, name)
+        reason = "" if target.built else "not written by this version of qdit yet"
         if refusals:
             more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
             reason = f"{refusals[0].layer}: {refusals[0].reason}{more}"
-        rows.append(TargetRow(target, not refusals, reason))
+        rows.append(TargetRow(name, not refusals, reason))
     return tuple(rows)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Workspace:
         if not resume and self.folder.exists():
             shutil.rmtree(self.folder)
 
-    def run(self, step: str, inputs: dict[str, Any], work: Callable[[Path], None]) -> Path:
+    def run(self, step: str, inputs: dict[str, Any], work: Callable[[Path], object]) -> Path:
         """Run `work(folder)` unless it is already finished for these `inputs`; return the folder.
 
         The seconds of every run that contributed are added up in `timings[step]`.
@@ -51,11 +52,20 @@ class Workspace:
         self.timings[step] = state["seconds"]
         return folder
 
+    @contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        """Add the seconds of a step that is quick enough to run every time."""
+        started = time.perf_counter()
+        yield
+        self.timings[step] = round(time.perf_counter() - started, 3)
+
     def forget(self, step: str) -> None:
         """Make the next `run` of this step start from an empty folder."""
         shutil.rmtree(self.folder / step, ignore_errors=True)
 
-    def _run_timed(self, folder: Path, state: dict[str, Any], work: Callable[[Path], None]) -> None:
+    def _run_timed(
+        self, folder: Path, state: dict[str, Any], work: Callable[[Path], object]
+    ) -> None:
         write_json(folder / _MARKER, state)
         started = time.perf_counter()
         try:

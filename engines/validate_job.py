@@ -1,0 +1,62 @@
+"""`qdit-validate`: prove an exported folder again, from fresh noise, and rewrite its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import torch
+
+from ..calibrate.checkpoint import QuantizedCheckpoint
+from ..calibrate.sources import load_model
+from ..errors import ArtifactError, InputError
+from ..export.lower import DTYPE_KEY
+from ..progress import Progress
+from .devices import default_batch_size, resolve_device
+from .export_job import ONNX_NAME
+from .options import ProofOptions
+from .proof_job import ProofJob, prove_and_report
+from .workspace import Workspace
+
+
+def run_validate(
+    folder: Path, options: ProofOptions, model: str | None, command: str, progress: Progress
+) -> bool:
+    """Prove `folder`; True when the gate passed. `model` overrides where full precision lies."""
+    checkpoint = QuantizedCheckpoint.read(folder)
+    exported = folder / ONNX_NAME
+    if not exported.is_file():
+        raise InputError(f"{folder} holds no {ONNX_NAME}; export it again with qdit-export")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    source = checkpoint.source
+    device = resolve_device(options.device)
+    full = load_model(model or source.location, device=device, seed=source.seed or 0)
+    if full.source.sha256 != source.sha256:
+        raise InputError(
+            f"{full.source.location} is not the model that {folder} was made from "
+            f"(SHA-256 {full.source.sha256[:12]}, recorded {source.sha256[:12]}); "
+            "name the right one with --model"
+        )
+    job = ProofJob(
+        full,
+        checkpoint,
+        exported,
+        _compute_dtype(exported),
+        options,
+        Workspace(folder),
+        options.batch_size or default_batch_size(device),
+        progress,
+    )
+    return prove_and_report(job, command)
+
+
+def _compute_dtype(exported: Path) -> str:
+    try:
+        model = onnx.load(exported, load_external_data=False)
+    except Exception as error:  # protobuf raises its own kinds for damaged bytes
+        raise ArtifactError(f"{exported} is not a readable ONNX file: {error}") from error
+    for entry in model.metadata_props:
+        if entry.key == DTYPE_KEY:
+            return str(entry.value)
+    raise ArtifactError(f"{exported} does not say what it computes in ({DTYPE_KEY}); export again")
