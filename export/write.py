@@ -39,9 +39,10 @@ def write_model(
     *,
     dtype: str,
     progress: Progress,
-    inline_limit: int = INLINE_LIMIT,
+    inline_limit: int | None = None,
 ) -> ExportedModel:
-    """Write `model` to `path`, with `<name>.data` beside it where it exceeds `inline_limit` bytes.
+    """Write `model` to `path`, with `<name>.data` beside it where it exceeds `inline_limit` bytes
+    (`INLINE_LIMIT` by default).
 
     The files are made and checked (full check with shape inference) in a folder beside `path` and
     then moved into place, the data first: a kill at any point leaves no file of the new model, or
@@ -54,7 +55,8 @@ def write_model(
         spool = SpoolInitializersPass(data, progress)
         spool(model)
         proto = ir.to_proto(model)
-        external = spool.byte_size + proto.ByteSize() > inline_limit
+        limit = INLINE_LIMIT if inline_limit is None else inline_limit
+        external = spool.byte_size + proto.ByteSize() > limit
         made = folder / path.name
         if external:
             made.write_bytes(proto.SerializeToString(deterministic=True))

@@ -21,9 +21,7 @@ from qdit.export.trace import trace
 @pytest.fixture(scope="module")
 def traced(small_model: DiffusionModel) -> ir.Model:
     skeleton = _skeleton(small_model)
-    return trace(
-        skeleton, small_model.family, small_model.linears, dtype="float32", opset=21
-    )
+    return trace(skeleton, small_model.family, small_model.linears, dtype="float32", opset=21)
 
 
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
@@ -96,9 +94,12 @@ class TestTrace:
     def test_needs_every_linear(self, small_model: DiffusionModel) -> None:
         class Unused(type(small_model.family)):  # type: ignore[misc]
             def forward(self, denoiser: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-                return inputs[0] + denoiser.transformer_blocks[0].norm1.emb(
-                    inputs[1], inputs[2], hidden_dtype=torch.float32
-                ).mean()
+                return (
+                    inputs[0]
+                    + denoiser.transformer_blocks[0]
+                    .norm1.emb(inputs[1], inputs[2], hidden_dtype=torch.float32)
+                    .mean()
+                )
 
         skeleton = _skeleton(small_model)
         with pytest.raises(StepError, match="must hold each of 14 linears once, got 0; missing"):
