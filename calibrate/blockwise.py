@@ -22,8 +22,8 @@ from .block_statistics import SharedInput, collect_hessians, shared_inputs
 from .block_store import BlockResult, BlockStore, LayerError
 from .carried import CarriedInputs
 from .column_loop import ColumnLoops
-from .gptq import GptqSettings, solve
-from .hessian import InverseFactor, exact_float32, inverse_factor
+from .gptq import GptqSettings, factor_for, solve
+from .hessian import InverseFactor, exact_float32
 from .model import DiffusionModel
 from .plan import LinearSpec, QuantizationPlan
 from .quantizers import QuantizedWeight, quantize_weight_mse, quantize_weight_nearest
@@ -183,9 +183,7 @@ class _Job:
         """Quantize linears of one input; those of equal schemes are stacked and solved at once."""
         factor = None
         if self._method == "gptq" and hessian is not None:
-            factor = inverse_factor(
-                hessian, self._settings.damping, name=group.name, progress=self._progress
-            )
+            factor = factor_for(hessian, self._settings, name=group.name, progress=self._progress)
         for specs in _by_weight_scheme(group.specs, self._plan):
             originals = [self._weight(spec.name) for spec in specs]
             quantized = self._quantize(torch.cat(originals), specs[0], factor)

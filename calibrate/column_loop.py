@@ -22,8 +22,8 @@ from .schemes import LayerScheme
 class LoopShape:
     """What a captured loop depends on: `width` columns of N = `rows` weights, groups of `group`.
 
-    `group` is the number of columns that share a scale, or None when the caller gives the scale
-    (the group is larger than the block).
+    `group` is the number of columns that share a scale, found at the first of them; None when the
+    caller gives each column its scale.
     """
 
     width: int
@@ -34,15 +34,15 @@ class LoopShape:
 
 
 def group_parameters(columns: Tensor, scheme: LayerScheme, clipped: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [N] of one group `columns` [g, N], as floats of the stored precision.
+    """Scale and zero point [..., N] of groups `columns` [..., g, N], as floats of stored precision.
 
-    `clipped` shrinks the range to the ratio of least squared error (`best_clipping`).
+    `clipped` shrinks each range to the ratio of least squared error (`best_clipping`).
     """
     if clipped:
-        low, high = best_clipping(columns.t().unsqueeze(1), scheme)
-        low, high = low.flatten(), high.flatten()
+        low, high = best_clipping(columns.transpose(-1, -2), scheme)
+        low, high = low.squeeze(-1), high.squeeze(-1)
     else:
-        low, high = columns.aminmax(dim=0)
+        low, high = columns.amin(dim=-2), columns.amax(dim=-2)
     return range_parameters(
         low, high, scheme.weight_bits, scheme.weight_symmetric, scheme.scale_dtype
     )
@@ -51,14 +51,15 @@ def group_parameters(columns: Tensor, scheme: LayerScheme, clipped: bool) -> tup
 class ColumnLoop:
     """Buffers of one block and the loop over them: fill the inputs, `run()`, read the outputs.
 
-    Inputs: columns [width, N] (changed by the run), factor [width, width], and scale, zero_point
-    [1, N] when the shape has no group. Outputs: values [width, N] (integers q), errors [width, N]
-    (w − ŵ of each column at its turn), scale and zero_point [width / group, N].
+    Inputs: columns [width, N] (changed by the run), factor [width, width], and, when the shape has
+    no group, scale and zero_point [width, N]. Outputs: values [width, N] (integers q), errors
+    [width, N] (w − ŵ of each column at its turn), and with a group its scale and zero_point
+    [width / group, N].
     """
 
     def __init__(self, shape: LoopShape, like: Tensor) -> None:
         self.shape = shape
-        groups = 1 if shape.group is None else shape.width // shape.group
+        groups = shape.width // (shape.group or 1)
         self.columns, self.values, self.errors = (
             like.new_ones(shape.width, shape.rows) for _ in range(3)
         )
@@ -69,15 +70,15 @@ class ColumnLoop:
     def _run(self) -> None:
         shape, scheme = self.shape, self.shape.scheme
         integers = IntegerRange.of(scheme.weight_bits, scheme.weight_symmetric)
-        size = shape.group or shape.width
-        for start in range(0, shape.width, size):
-            scale, zero_point = self.scale[start // size], self.zero_point[start // size]
-            if shape.group is not None:
-                found = group_parameters(self.columns[start : start + size], scheme, shape.clipped)
-                scale.copy_(found[0])
-                zero_point.copy_(found[1])
-            for i in range(start, start + size):
-                self._quantize_column(i, scale, zero_point, integers)
+        size = shape.group or 1
+        for i in range(shape.width):
+            group = i // size
+            if shape.group is not None and i % size == 0:
+                columns = self.columns[i : i + size]
+                scale, zero_point = group_parameters(columns, scheme, shape.clipped)
+                self.scale[group].copy_(scale)
+                self.zero_point[group].copy_(zero_point)
+            self._quantize_column(i, self.scale[group], self.zero_point[group], integers)
 
     def _quantize_column(
         self, i: int, scale: Tensor, zero_point: Tensor, integers: IntegerRange

@@ -64,20 +64,32 @@ class HessianAccumulator:
 class InverseFactor:
     """H⁻¹ as GPTQ uses it: with H⁻¹ = Uᵀ U (U upper), `rows` is U with each row divided by U[i, i].
 
-    rows: [K, K] in H's dtype, unit upper triangular: an error e at column i moves column j by
-    −e·rows[i, j]. dead: bool [K], the inputs that never were non-zero. damping: the share of the
-    mean diagonal that was added in the end.
+    order: int64 [K], the input of each position: rows and columns of H were put in this order.
+    rows: [K, K] in H's dtype, unit upper triangular: an error e at position i moves position j by
+    −e·rows[i, j]. dead: bool [K] by position, the inputs that never were non-zero. damping: the
+    share of the mean diagonal that was added in the end.
     """
 
     rows: Tensor
+    order: Tensor
     dead: Tensor
     damping: float
 
 
+def activation_order(hessian: Tensor) -> Tensor:
+    """Inputs by falling mean square, int64 [K]; equal ones in their natural order."""
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
 def inverse_factor(
-    hessian: Tensor, damping: float = 0.01, *, name: str = "a linear", progress: Progress = _SILENT
+    hessian: Tensor,
+    damping: float = 0.01,
+    order: Tensor | None = None,
+    *,
+    name: str = "a linear",
+    progress: Progress = _SILENT,
 ) -> InverseFactor:
-    """Factor the damped inverse of `hessian` [K, K].
+    """Factor the damped inverse of `hessian` [K, K], its inputs taken in `order` (natural if None).
 
     Dead inputs get H = 1 on the diagonal; then `damping` × mean diagonal is added to it. If the
     Cholesky factorization fails, the damping is raised tenfold and `progress` told, up to
@@ -87,14 +99,15 @@ def inverse_factor(
     H with rows and columns reversed), so that U = R⁻¹: half the work, and no second factorization
     that rounding can break. It runs in float64: the condition number reaches K / damping.
     """
-    diagonal = hessian.diagonal()
     if not torch.isfinite(hessian.sum()):
         raise StepError(
             f"the Hessian of {name} must be finite, got NaN or infinity; the calibration inputs "
             "overflow: check the model's outputs in full precision"
         )
-    dead = diagonal == 0
-    wide = hessian.double()
+    if order is None:
+        order = torch.arange(hessian.shape[0], device=hessian.device)
+    wide = hessian[order][:, order].double()
+    dead = wide.diagonal() == 0
     wide.diagonal().add_(dead)
     mean = wide.diagonal().mean()
     share = damping
@@ -103,7 +116,8 @@ def inverse_factor(
         damped.diagonal().add_(share * mean)
         reversed_lower, failure = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failure.item():
-            return InverseFactor(_unit_inverse(reversed_lower).to(hessian.dtype), dead, share)
+            rows = _unit_inverse(reversed_lower).to(hessian.dtype)
+            return InverseFactor(rows, order, dead, share)
         raised = max(share, 1e-4) * DAMPING_STEP
         progress.say(
             f"the Hessian of {name} is not positive definite at damping {share:g}; "

@@ -7,7 +7,12 @@ from collections.abc import Iterable, Iterator
 import pytest
 import torch
 
-from qdit.calibrate.hessian import HessianAccumulator, exact_float32, inverse_factor
+from qdit.calibrate.hessian import (
+    HessianAccumulator,
+    activation_order,
+    exact_float32,
+    inverse_factor,
+)
 from qdit.errors import StepError
 
 
@@ -59,6 +64,16 @@ def test_factor_is_the_normalized_cholesky_of_the_inverse(rows: int) -> None:
     assert (single.double() - expected).norm() / expected.norm() < 1e-4
 
 
+def test_factor_in_another_order_is_that_of_the_reordered_hessian() -> None:
+    hessian = spread_hessian(48, 200)
+    order = activation_order(hessian)
+    assert hessian.diagonal()[order].diff().max() <= 0
+    factor = inverse_factor(hessian, 0.01, order)
+    plain = inverse_factor(hessian[order][:, order], 0.01)
+    torch.testing.assert_close(factor.rows, plain.rows, rtol=1e-12, atol=1e-12)
+    assert torch.equal(factor.order, order)
+
+
 def test_indefinite_hessian_raises_the_damping_and_says_so() -> None:
     hessian = torch.eye(8) - 0.5 * torch.ones(8, 8)  # smallest eigenvalue −3, mean diagonal 0.5
     recorder = Recorder()
@@ -84,6 +99,8 @@ def test_dead_inputs_are_marked() -> None:
     hessian = torch.diag(torch.tensor([1.0, 0.0, 4.0]))
     factor = inverse_factor(hessian)
     assert factor.dead.tolist() == [False, True, False]
+    ordered = inverse_factor(hessian, order=activation_order(hessian))
+    assert ordered.dead.tolist() == [False, False, True], "by position"
     assert torch.equal(factor.rows, torch.eye(3))
 
 
