@@ -71,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=128, help="of weights and activations")
     parser.add_argument("--symmetric", action="store_true", help="weights; default asymmetric")
     parser.add_argument("--clipped", action="store_true", help="search our group ranges")
+    parser.add_argument("--order", default="activation", choices=["activation", "natural"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -291,7 +292,7 @@ def main() -> None:
             batch_size=options.batch,
             device=options.device,
             progress=progress,
-            settings=GptqSettings(clipped=options.clipped),
+            settings=GptqSettings(clipped=options.clipped, order=options.order),
         )
         synchronize(options.device)
         report["seconds"]["qdit"] = time.perf_counter() - started

@@ -65,9 +65,11 @@ class ColumnLoop:
         )
         self.scale, self.zero_point = (like.new_ones(groups, shape.rows) for _ in range(2))
         self.factor = torch.eye(shape.width, dtype=like.dtype, device=like.device)
-        self.run: Callable[[], None] = self._capture() if like.is_cuda else self._run
+        # eager and replayed runs are the same kernels in the same order, so the same bits
+        self.run: Callable[[], None] = self._capture() if like.is_cuda else self.run_eagerly
 
-    def _run(self) -> None:
+    def run_eagerly(self) -> None:
+        """The loop without a graph."""
         shape, scheme = self.shape, self.shape.scheme
         integers = IntegerRange.of(scheme.weight_bits, scheme.weight_symmetric)
         size = shape.group or 1
@@ -98,14 +100,15 @@ class ColumnLoop:
             self.columns[i + 1 :].addr_(self.factor[i, i + 1 :], error, alpha=-1)
 
     def _capture(self) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # a first run outside loads kernels, which capture forbids
-            self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
+        with torch.cuda.device(self.columns.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # a first run outside: capture may not load kernels
+                self.run_eagerly()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.run_eagerly()
         return graph.replay
 
 
