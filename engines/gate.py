@@ -106,9 +106,9 @@ def judge(
 
 def linear_bound(linear: LinearError) -> float:
     """The relative error that a linear may have: constant in float32, else twice its own."""
-    if linear.own is None:
+    if linear.own_error is None:
         return LINEAR_BOUND
-    return max(LINEAR_BOUND, BOUND_FACTOR * linear.own.relative_error)
+    return max(LINEAR_BOUND, BOUND_FACTOR * linear.own_error)
 
 
 def _check(name: str, value: float, limit: float, say: Callable[[str], str]) -> Check:

@@ -6,6 +6,7 @@ float32 one, then the engine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.model import DiffusionModel
 from ..errors import QditError, StepError
 from ..progress import Progress, Silent
-from .parity_inputs import Step, spread
+from .parity_inputs import Step, noise_steps, spread
 from .parity_internals import (
     BlockError,
     ExposedValues,
@@ -43,6 +44,10 @@ from .parity_timesteps import (
 
 # Steps on which the float64 (or float16) simulation runs too: it is the slowest of all.
 BOUND_STEPS = 5
+# The bound rests on rounding flips, about one in 10^5 quantized activations: with fewer of these
+# its two distances would be those of a handful of flips. A small model gets more inputs.
+_FEWEST_ACTIVATIONS = 5e6
+_MOST_EXTRA_IMAGES = 2048
 
 
 class InferenceEngine(Protocol):
@@ -112,10 +117,11 @@ def measure_parity(
 
 def _measure(comparison: _Parity, exported: Path, open_engine: OpenEngine) -> DenoiserParity:
     model, checkpoint, dtype = comparison.model, comparison.checkpoint, comparison.dtype
-    full = comparison.torch_outputs(model.denoiser, "full precision")
+    full = comparison.torch_outputs(model.denoiser, "full precision", comparison.steps)
+    comparison.add_inputs(tokens=full.blocks[0].shape[1])
     other = comparison.other_simulation()
     simulation = checkpoint.build_denoiser(model.device, torch.float32)
-    simulated = comparison.torch_outputs(simulation, "simulation")
+    simulated = comparison.torch_outputs(simulation, "simulation", comparison.inputs)
     values = exposed_values(exported)
     try:
         arrays, engine = comparison.engine_outputs(exported, values, open_engine)
@@ -123,16 +129,17 @@ def _measure(comparison: _Parity, exported: Path, open_engine: OpenEngine) -> De
         raise
     except Exception as error:  # whatever the runtime raises
         raise StepError(f"{exported} failed to run while comparing it: {error}") from error
-    bounded = comparison.bound_steps
+    bounded, count = comparison.bounded, len(comparison.steps)
+    on_steps = simulated.noise[:count], engine[:count]
     return DenoiserParity(
-        simulation=compare_outputs(simulated.noise, full.noise),
-        engine=compare_outputs(engine, simulated.noise),
+        simulation=compare_outputs(on_steps[0], full.noise),
+        engine=compare_outputs(on_steps[1], on_steps[0]),
         bound=denoiser_bound(
             [engine[i] for i in bounded], [simulated.noise[i] for i in bounded], other, dtype
         ),
         linears=linear_errors(simulation, model.family, values, arrays, dtype),
         blocks=block_errors(full.blocks, simulated.blocks, engine_blocks(values, arrays)),
-        timesteps=timestep_errors(comparison.steps, full.noise, simulated.noise, engine),
+        timesteps=timestep_errors(comparison.steps, full.noise, *on_steps),
         images=len(comparison.steps[0].labels),
         dtype=dtype,
     )
@@ -169,25 +176,45 @@ class _Parity:
         self.dtype = dtype
         self.progress = progress
         self.middle = steps[len(steps) // 2]
-        self.bound_steps = spread(len(steps), BOUND_STEPS)
+        self.inputs = steps  # and what `add_inputs` appends
+        self.bounded = spread(len(steps), BOUND_STEPS)  # positions in `inputs` for the bound
 
-    def torch_outputs(self, denoiser: nn.Module, what: str) -> _Outputs:
+    def add_inputs(self, tokens: int) -> None:
+        """Append noise images until the bound rests on enough quantized activations."""
+        plan = self.checkpoint.plan
+        read = {
+            spec.input_name: spec.in_features
+            for spec in self.checkpoint.linears
+            if plan[spec.name].quantizes_activations
+        }
+        per_image = tokens * sum(read.values())
+        if per_image == 0:
+            return
+        have = sum(len(self.steps[index].labels) for index in self.bounded)
+        missing = math.ceil(_FEWEST_ACTIVATIONS / per_image) - have
+        extra = noise_steps(
+            self.model, self.steps[0].timestep, min(max(0, missing), _MOST_EXTRA_IMAGES)
+        )
+        self.bounded += range(len(self.steps), len(self.steps) + len(extra))
+        self.inputs = [*self.steps, *extra]
+
+    def torch_outputs(self, denoiser: nn.Module, what: str, inputs: Sequence[Step]) -> _Outputs:
         family, device = self.model.family, self.model.device
-        noise = self._run(denoiser, self.steps, f"parity: {what}")
+        noise = self._run(denoiser, inputs, f"parity: {what}")
         return _Outputs(noise, block_outputs(denoiser, family, self.middle, device))
 
     def other_simulation(self) -> list[Tensor]:
-        """The simulation in float64 (float16 for float16 files) on the steps of the bound."""
+        """The simulation in float64 (float16 for float16 files) on the inputs of the bound."""
         other = torch.float64 if self.dtype == "float32" else torch.float16
         denoiser = self.checkpoint.build_denoiser(self.model.device, other)
         name = str(other).removeprefix("torch.")
-        chosen = [self.steps[index] for index in self.bound_steps]
+        chosen = [self.inputs[index] for index in self.bounded]
         return self._run(denoiser, chosen, f"parity: simulation in {name}")
 
     def engine_outputs(
         self, exported: Path, values: ExposedValues, open_engine: OpenEngine
     ) -> tuple[dict[str, NDArray[Any]], list[Tensor]]:
-        """The inner values at the middle step, and the noise at every step.
+        """The inner values at the middle step, and the noise for every input.
 
         The two come from two sessions: exposing inner values can change what a runtime fuses, and
         the noise must be that of the file as it is deployed.
@@ -202,7 +229,7 @@ class _Parity:
         noise = []
         engine = open_engine(exported, ())
         try:
-            tracked = self.progress.track(self.steps, "parity: engine", total=len(self.steps))
+            tracked = self.progress.track(self.inputs, "parity: engine", total=len(self.inputs))
             for step in tracked:
                 raw = engine.infer(step.arrays(names))[family.output_name]
                 noise.append(family.noise_prediction(denoiser, torch.from_numpy(raw)))

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from ..calibrate.families.base import Denoiser
 from ..calibrate.model import DiffusionModel
-from ..calibrate.sampling import SamplingSettings, sample_images
+from ..calibrate.sampling import SamplingSettings, initial_noise, labels_for, sample_images
 from ..progress import Progress
+
+# Noise that no recorded trajectory starts from.
+_NOISE_FROM = 1 << 32
+_NOISE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -70,3 +74,14 @@ def spread(length: int, count: int) -> list[int]:
     """At most `count` positions in 0 … length − 1, both ends among them, evenly spaced."""
     positions = np.linspace(0, length - 1, min(count, length)).round().astype(int)
     return sorted(set(positions.tolist()))
+
+
+def noise_steps(model: DiffusionModel, timestep: int, images: int) -> list[Step]:
+    """More first steps: `images` fresh noise images at `timestep`, in steps of at most 64."""
+    made = []
+    for start in range(0, images, _NOISE_BATCH):
+        indices = range(_NOISE_FROM + start, _NOISE_FROM + min(start + _NOISE_BATCH, images))
+        x = initial_noise(indices, model.sample_shape, seed=0)
+        labels = labels_for(indices, model.family.class_count(model.denoiser))
+        made.append(Step(-1, timestep, x, labels))
+    return made

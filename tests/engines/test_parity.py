@@ -158,6 +158,12 @@ def measured(
     return measure_parity(model, checkpoint, exported, steps, open_engine), engines
 
 
+@pytest.fixture(autouse=True)
+def few_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recorded steps alone: what a small model gets beside them has its own test."""
+    monkeypatch.setattr("qdit.engines.parity._FEWEST_ACTIVATIONS", 0)
+
+
 def test_trajectories_hold_every_step_of_the_first_images(
     model: DiffusionModel, steps: list[Step]
 ) -> None:
@@ -219,6 +225,25 @@ def test_the_bounds_own_distance_is_that_to_float64(
     assert 1e-9 < parity.bound.own.relative_error < 1e-2
 
 
+def test_a_small_model_gets_more_inputs_for_the_bound_and_for_nothing_else(
+    model: DiffusionModel,
+    checkpoint: QuantizedCheckpoint,
+    exported: Path,
+    steps: list[Step],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, _ = measured(model, checkpoint, exported, steps)
+    monkeypatch.setattr("qdit.engines.parity._FEWEST_ACTIVATIONS", 430_000)
+    parity, _ = measured(model, checkpoint, exported, steps)
+    # 16 tokens × (64 qkv + 64 out + 64 mlp in + 256 mlp out) × 3 blocks = 21,504 activations an
+    # image: 20 images make 430,000
+    assert parity.bound.inputs == 20
+    assert parity.simulation == plain.simulation
+    assert [step.simulation for step in parity.timesteps] == [
+        step.simulation for step in plain.timesteps
+    ]
+
+
 def test_errors_put_into_the_engine_are_found_at_their_size_and_place(
     model: DiffusionModel, checkpoint: QuantizedCheckpoint, exported: Path, steps: list[Step]
 ) -> None:
@@ -247,11 +272,11 @@ def test_a_float16_file_is_bound_by_the_float16_simulation(
     assert parity.bound.own_dtypes == ("float16", "float32")
     # one float16 rounding is 2^-11 of a value; a whole denoiser is a few of them
     assert 2**-12 < parity.bound.own.relative_error < 0.1
-    assert all(linear.own is not None for linear in parity.linears)
-    assert all(
-        linear.own is not None and 2**-13 < linear.own.relative_error < 2e-2
-        for linear in parity.linears
-    )
+    for linear in parity.linears:
+        assert linear.own_error is not None
+        assert 2**-13 < linear.own_error < 2e-2
+        # the stand-in engine computes in float32 and so is exactly the simulation
+        assert linear.comparison.distance == 0
 
 
 def test_an_engine_that_fails_is_named_and_closed(

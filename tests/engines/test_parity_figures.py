@@ -136,7 +136,7 @@ def apart(relative: float) -> Comparison:
 
 
 def a_linear(error: float, own: float | None = None, name: str = "blocks.0.q") -> LinearError:
-    return LinearError(name, "attention_qkv", 0, apart(error), None if own is None else apart(own))
+    return LinearError(name, "attention_qkv", 0, apart(error), own)
 
 
 def a_parity(
