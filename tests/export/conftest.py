@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
@@ -14,7 +16,9 @@ from qdit.calibrate.families import family_named
 from qdit.calibrate.model import DiffusionModel, ModelSource
 from qdit.calibrate.plan import QuantizationPlan
 from qdit.calibrate.quantizers import quantize_weight_nearest
+from qdit.export import write
 from qdit.export.contents import checkpoint_contents
+from qdit.export.full_precision import export_full_precision
 from qdit.export.lower import lower_and_write
 from qdit.export.opsets import ComputeDtype
 from qdit.export.trace import trace
@@ -88,21 +92,21 @@ class Tracer:
 
     def __init__(self, dtype: ComputeDtype = "float32") -> None:
         self.dtype: ComputeDtype = dtype
-        self._proto: object = None
+        self._proto: onnx.ModelProto | None = None
 
-    def export(self, checkpoint: QuantizedCheckpoint, path: Path) -> ExportedModel:
+    def abstract(self, skeleton: torch.nn.Module, model: DiffusionModel) -> ir.Model:
+        """The abstract model of `model`, a new one at each call."""
         if self._proto is None:
-            model = trace(
-                checkpoint.skeleton(),
-                checkpoint.family,
-                checkpoint.linears,
-                dtype=self.dtype,
-                opset=21,
-            )
-            self._proto = ir.to_proto(model)
+            traced = trace(skeleton, model.family, model.linears, dtype=self.dtype, opset=21)
+            self._proto = ir.to_proto(traced)
+        return ir.from_proto(self._proto)
+
+    def export(
+        self, model: DiffusionModel, checkpoint: QuantizedCheckpoint, path: Path
+    ) -> ExportedModel:
+        abstract = self.abstract(checkpoint.skeleton(), model)
         contents = checkpoint_contents(checkpoint)
-        model = ir.from_proto(self._proto)  # type: ignore[arg-type]
-        return lower_and_write(model, contents, path, dtype=self.dtype, progress=Silent())
+        return lower_and_write(abstract, contents, path, dtype=self.dtype, progress=Silent())
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +122,25 @@ def half_tracer() -> Tracer:
 @pytest.fixture(scope="session")
 def small_model() -> DiffusionModel:
     return make_small_model()
+
+
+@dataclass(frozen=True)
+class FullPrecision:
+    """A one-block model whose weights float16 holds exactly, and its export."""
+
+    model: DiffusionModel
+    exported: ExportedModel
+
+
+@pytest.fixture(scope="session")
+def full_precision(export_folder: Path) -> FullPrecision:
+    model = make_small_model(blocks=1)
+    for parameter in model.denoiser.parameters():
+        parameter.data = parameter.data.half().float()  # what a checkpoint stores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "INLINE_LIMIT", 1000)  # external data, as DiT-XL's 2.7 GB need it
+        exported = export_full_precision(model, export_folder / "full.onnx")
+    return FullPrecision(model, exported)
 
 
 @pytest.fixture(scope="session")

@@ -7,30 +7,37 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.errors import InputError
-from qdit.export import write
 from qdit.export.full_precision import export_full_precision
 
-from .conftest import example_arrays, make_small_model, relative_error, run_torch
+from .conftest import FullPrecision, example_arrays, make_small_model, relative_error, run_torch
 
 
-def test_computes_what_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With external data, as DiT-XL's 2.7 GB need it."""
-    monkeypatch.setattr(write, "INLINE_LIMIT", 1000)
-    model = make_small_model(blocks=1)
-    before = {name: id(module) for name, module in model.denoiser.named_modules()}
-    exported = export_full_precision(model, tmp_path / "model.onnx")
-    assert {name: id(module) for name, module in model.denoiser.named_modules()} == before
-    assert exported.data_path == tmp_path / "model.onnx.data"
+def test_computes_what_the_model_does(full_precision: FullPrecision) -> None:
+    model, exported = full_precision.model, full_precision.exported
+    engine = OnnxRuntimeEngine(exported.path, extra_outputs=["transformer_blocks.0.output"])
     for batch in (1, 3):
         arrays = example_arrays(model, batch)
-        made = OnnxRuntimeEngine(exported.path).infer(arrays)["sample"]
+        made = engine.infer(arrays)
         # float32 rounding over a dozen layers; the demo's own distance from float64 is 3e-7
-        assert relative_error(made, run_torch(model, model.denoiser, arrays)) < 2e-6
-    blocks = OnnxRuntimeEngine(exported.path, extra_outputs=["transformer_blocks.0.output"])
-    assert "transformer_blocks.0.output" in blocks.infer(arrays)
+        assert relative_error(made["sample"], run_torch(model, model.denoiser, arrays)) < 2e-6
+        assert made["transformer_blocks.0.output"].shape == (batch, 64, 256)
+
+
+def test_large_models_use_external_data(full_precision: FullPrecision) -> None:
+    exported = full_precision.exported
+    assert exported.data_path == exported.path.with_name("full.onnx.data")
+    assert exported.data_path.stat().st_size > 0.9 * 4 * full_precision.model.parameter_count()
+
+
+def test_leaves_the_model_as_it_is(full_precision: FullPrecision) -> None:
+    denoiser = full_precision.model.denoiser
+    for spec in full_precision.model.linears:
+        assert type(denoiser.get_submodule(spec.name)) is torch.nn.Linear
+    assert not any(parameter.is_meta for parameter in denoiser.parameters())
 
 
 def test_float16(tmp_path: Path) -> None:

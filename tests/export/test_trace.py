@@ -17,11 +17,12 @@ from qdit.export.abstract import TabulatedTimesteps, tabulate_timesteps
 from qdit.export.full_precision import _skeleton
 from qdit.export.trace import trace
 
+from .conftest import Tracer
+
 
 @pytest.fixture(scope="module")
-def traced(small_model: DiffusionModel) -> ir.Model:
-    skeleton = _skeleton(small_model)
-    return trace(skeleton, small_model.family, small_model.linears, dtype="float32", opset=21)
+def traced(small_model: DiffusionModel, tracer: Tracer) -> ir.Model:
+    return tracer.abstract(_skeleton(small_model), small_model)
 
 
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
