@@ -99,7 +99,7 @@ def inverse_factor(
     H with rows and columns reversed), so that U = R⁻¹: half the work, and no second factorization
     that rounding can break. It runs in float64: the condition number reaches K / damping.
     """
-    if not torch.isfinite(hessian.sum()):
+    if not torch.isfinite(hessian).all():
         raise StepError(
             f"the Hessian of {name} must be finite, got NaN or infinity; the calibration inputs "
             "overflow: check the model's outputs in full precision"
