@@ -266,6 +266,7 @@ def _heat_map(
     from matplotlib.patches import Rectangle
 
     largest = max(values.values()) or 1.0
+    places = 2 if largest < 0.01 else 1 if largest < 1 else 0
     for row, block in enumerate(blocks):
         for column, name in enumerate(names):
             value = values.get((block, name))
@@ -277,7 +278,7 @@ def _heat_map(
                 Rectangle(corner, 0.94, 0.9, fc=(FIRST, 0.07 + 0.58 * value / largest), ec="none")
             )
             if labelled:
-                text = f"{100 * value:.1f}" if largest < 1 else f"{100 * value:.0f}"
+                text = f"{100 * value:.{places}f}"
                 axes.text(column, row, text, ha="center", va="center", fontsize=10)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(blocks) - 0.5, -0.5)
