@@ -35,6 +35,12 @@ def check_opset(opset: int) -> None:
             f"opset must be one of {', '.join(map(str, OPSETS))} (blocked quantization needs 21), "
             f"got {opset!r}; the default is {DEFAULT_OPSET}"
         )
+    newest = onnx.defs.onnx_opset_version()
+    if opset > newest:
+        raise InputError(
+            f"the installed onnx {onnx.__version__} knows opsets up to {newest}, got {opset}; "
+            "upgrade onnx or choose an older opset"
+        )
 
 
 def check_dtype(dtype: str) -> None:

@@ -346,6 +346,13 @@ class TestSettings:
             export_qdq(w4a8.checkpoint, tmp_path / "model.onnx", opset=opset)  # type: ignore[arg-type]
         assert not list(tmp_path.iterdir())
 
+    def test_opsets_that_onnx_does_not_know_are_refused(
+        self, w4a8: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+        with pytest.raises(InputError, match="knows opsets up to 23, got 24; upgrade onnx"):
+            export_qdq(w4a8.checkpoint, tmp_path / "model.onnx", opset=24)
+
     @pytest.mark.parametrize("dtype", ["bfloat16", "float64", "", None])
     def test_other_dtypes_are_refused(self, dtype: object, w4a8: Case, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="must be float32 or float16, got"):
