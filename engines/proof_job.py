@@ -28,7 +28,7 @@ from .report.build import Proof, build_report
 from .report.write import write_report
 from .workspace import Workspace
 
-_MOST_PARITY_IMAGES = 4
+_MOST_PARITY_IMAGES = 2
 _PARITY_SECONDS = 20.0
 _SPEED_FILE = "speed.json"
 
@@ -71,17 +71,22 @@ def prove_and_report(job: ProofJob, command: str) -> bool:
     with job.workspace.timed("parity"):
         parity = _parity(job, seconds)
     images, no_images = _images(job, fid_files, seconds)
-    with job.workspace.timed("fid"):
-        fid = _fid(images, fid_files, job)
-    limits = Limits(job.options.max_fid_increase)
     figures = None if images is None else image_parity(images.squared_error.numpy())
+    no_fid = no_images if images is None else fid_files.missing
+    fid = None
+    if figures is not None and figures.not_finite:
+        no_fid = "images hold NaN or infinity"
+    else:
+        with job.workspace.timed("fid"):
+            fid = _fid(images, fid_files, job)
+    limits = Limits(job.options.max_fid_increase)
     gate = judge(
         parity,
         figures,
         fid,
         limits,
         no_images=no_images,
-        no_fid=no_images if images is None else fid_files.missing,
+        no_fid=no_fid,
     )
     proof = Proof(
         parity,
