@@ -140,15 +140,33 @@ class QuantizedCheckpoint(CheckpointParts):
         return denoiser
 
     def build_denoiser(
-        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        *,
+        keep_weights: bool | None = None,
     ) -> nn.Module:
         """The simulation: quantized linears dequantize to `dtype`, everything else is cast to it.
 
-        One weight at a time is unpacked and dequantized.
+        One weight at a time is unpacked and dequantized. `keep_weights` keeps the dequantized
+        weights instead of making them anew in every call; by default a large model on a CPU
+        (`is_large`) does not, since its weights would fill the memory once for each copy.
         """
+        if keep_weights is None:
+            keep_weights = torch.device(device).type != "cpu" or not self.is_large
         denoiser = empty_denoiser(self.family, self.config, self.manifest.ties)
         load_parameters(denoiser, self.parameters, device, dtype)
         install_quantized_linears(
-            denoiser, self.plan.layers, self.weights, device=device, dtype=dtype
+            denoiser,
+            self.plan.layers,
+            self.weights,
+            device=device,
+            dtype=dtype,
+            keep_weights=keep_weights,
         )
         return denoiser.to(device=device, dtype=dtype)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the full-precision parameters take more than 1 GiB in float32."""
+        return 2 * self.full_precision_fp16_bytes > 1 << 30

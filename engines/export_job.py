@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,27 +80,47 @@ def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel,
 
 def run_export(options: ExportOptions, command: str, progress: Progress) -> bool:
     """Run the whole job; True when the gate passed. The report is written either way."""
+    made = quantize_and_export(options, progress)
+    gc.collect()  # module graphs hold cycles: free the quantized model before loading another
+    full = load_model(options.model, device=made.device, seed=options.seed)
+    proof = ProofJob(
+        full,
+        made.checkpoint,
+        made.path,
+        options.dtype,
+        options,
+        made.workspace,
+        made.batch_size,
+        progress,
+    )
+    return prove_and_report(proof, command)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What the proof needs of the first half of the job; the model that was loaded is not in it.
+
+    Quantization replaced that model's linears, and two models are never held at once.
+    """
+
+    checkpoint: QuantizedCheckpoint
+    path: Path
+    workspace: Workspace
+    device: str
+    batch_size: int
+
+
+def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
+    """Load, quantize and write the checkpoint and `model.onnx`; finished steps are reused."""
     model, plan = prepare(options, progress)
     output = options.output or default_output(options, model)
     _check_output(output)
     job = Job(options, model, plan, Workspace(output, options.resume), progress)
     checkpoint = quantize(job)
-    exported = export_onnx(job, checkpoint)
+    path = export_onnx(job, checkpoint)
     if job.workspace.reused:
         progress.say(f"reused finished steps: {', '.join(job.workspace.reused)}")
-    # quantization replaced the linears of the loaded model: take the full-precision one afresh
-    full = load_model(options.model, device=str(model.device), seed=options.seed)
-    proof = ProofJob(
-        full,
-        checkpoint,
-        exported,
-        options.dtype,
-        options,
-        job.workspace,
-        job.batch_size,
-        progress,
-    )
-    return prove_and_report(proof, command)
+    return Exported(checkpoint, path, job.workspace, str(model.device), job.batch_size)
 
 
 def quantize(job: Job) -> QuantizedCheckpoint:

@@ -47,9 +47,15 @@ class ProofJob:
     progress: Progress
 
     def open_engine(self, path: Path, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
-        """The engine that is compared and that makes images on a CPU."""
+        """The engine that is compared and that makes images on a CPU.
+
+        The weights of a large model stay packed: slower, at half the memory (docs/targets.md).
+        """
         return OnnxRuntimeEngine(
-            path, threads=self.options.threads, extra_outputs=tuple(extra_outputs)
+            path,
+            threads=self.options.threads,
+            extra_outputs=tuple(extra_outputs),
+            fold_weights=not self.checkpoint.is_large,
         )
 
 

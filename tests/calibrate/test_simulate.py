@@ -204,3 +204,15 @@ def test_device_and_dtype_can_be_given(parts: Parts) -> None:
     install_quantized_linears(parts, LAYERS, weights, device="meta", dtype=torch.float16)
     assert parts.down.weight.is_meta
     assert parts.down.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_a_weight_made_anew_equals_the_kept_one(dtype: torch.dtype) -> None:
+    scheme = LayerScheme(weight_group=32, activation_group=32)
+    quantized = quantize_weight_nearest(torch.randn(16, 64), scheme)
+    kept = QuantizedLinear(scheme, quantized, None, dtype)
+    anew = QuantizedLinear(scheme, quantized, None, keep_weight=False).to(dtype)
+    x = torch.randn(5, 64).to(dtype)
+    assert torch.equal(kept(x), anew(x))
+    assert sum(b.numel() for b in anew.buffers()) == 0
+    assert (anew.in_features, anew.out_features) == (64, 16)
