@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..errors import InputError, StepError
 from ..export.capabilities import check as check_capabilities
 from ..export.opsets import check_opset
 from ..export.qdq import export_qdq
+from ..memory import release_memory
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .options import ExportOptions
@@ -81,7 +81,7 @@ def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel,
 def run_export(options: ExportOptions, command: str, progress: Progress) -> bool:
     """Run the whole job; True when the gate passed. The report is written either way."""
     made = quantize_and_export(options, progress)
-    gc.collect()  # module graphs hold cycles: free the quantized model before loading another
+    release_memory()  # the quantized model goes before full precision is loaded again
     full = load_model(options.model, device=made.device, seed=options.seed)
     proof = ProofJob(
         full,

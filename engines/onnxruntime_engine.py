@@ -137,6 +137,11 @@ def _session_options(threads: int | None, fold_weights: bool, optimize: bool) ->
     if fold_weights:
         # Leaves DequantizeLinear of constants to constant folding, and fuses no Q/DQ at all.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
+    else:
+        # The arena and the memory plan would keep room for every layer's dequantized weight at
+        # once, which is what leaving them packed is meant to save.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
     return options
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.model import DiffusionModel
 from ..errors import QditError, StepError
+from ..memory import release_memory
 from ..progress import Progress, Silent
 from .parity_inputs import Step, noise_steps, spread
 from .parity_internals import (
@@ -120,6 +121,7 @@ def _measure(comparison: _Parity, exported: Path, open_engine: OpenEngine) -> De
     full = comparison.torch_outputs(model.denoiser, "full precision", comparison.steps)
     comparison.add_inputs(tokens=full.blocks[0].shape[1])
     other = comparison.other_simulation()
+    release_memory()
     simulation = checkpoint.build_denoiser(model.device, torch.float32)
     simulated = comparison.torch_outputs(simulation, "simulation", comparison.inputs)
     values = exposed_values(exported)
