@@ -62,19 +62,27 @@ def sample_pairs(
     """
     progress = progress or Silent()
     batches = list(_batches(count, batch_size))
-    shards = [folder / f"images-{batch[0]:06d}-{batch[-1]:06d}.safetensors" for batch in batches]
-    work = zip(batches, shards, strict=True)
-    for batch, shard in progress.track(work, "images in pairs", total=len(batches)):
+    for batch in progress.track(batches, "images in pairs", total=len(batches)):
+        shard = _shard(folder, batch)
         if not shard.exists():
             figures = _pair(model, full, quantized, settings, batch, extractor)
             with atomic_path(shard) as temporary:
                 save_file(figures, temporary)
-    return _join([load_file(shard) for shard in shards])
+    return read_pairs(folder, count, batch_size)
+
+
+def read_pairs(folder: Path, count: int, batch_size: int) -> PairedImages:
+    """The figures that a finished `sample_pairs` of the same `count` and `batch_size` wrote."""
+    return _join([load_file(_shard(folder, batch)) for batch in _batches(count, batch_size)])
 
 
 def _batches(count: int, size: int) -> Iterator[range]:
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
+
+
+def _shard(folder: Path, batch: range) -> Path:
+    return folder / f"images-{batch[0]:06d}-{batch[-1]:06d}.safetensors"
 
 
 def _pair(

@@ -20,7 +20,7 @@ from .gate import Gate, Limits, judge
 from .machine import describe_machine
 from .onnxruntime_engine import OnnxRuntimeEngine
 from .options import ProofOptions
-from .paired_images import PairedImages, sample_pairs
+from .paired_images import PairedImages, read_pairs, sample_pairs
 from .parity import DenoiserParity, measure_parity
 from .parity_images import image_parity
 from .parity_inputs import record_trajectories
@@ -174,8 +174,8 @@ def _images(job: ProofJob, fid_files: FidFiles, seconds: float) -> tuple[PairedI
         "features": _digest(fid_files.features_path),
     }
 
-    def sample(folder: Path) -> PairedImages:
-        return sample_pairs(
+    def sample(folder: Path) -> None:
+        sample_pairs(
             job.model,
             job.model.as_denoiser(),
             _quantized_denoiser(job),
@@ -188,7 +188,7 @@ def _images(job: ProofJob, fid_files: FidFiles, seconds: float) -> tuple[PairedI
         )
 
     folder = job.workspace.run("images", inputs, sample)
-    return sample(folder), ""
+    return read_pairs(folder, count, job.batch_size), ""
 
 
 def _decodable(model: DiffusionModel) -> bool:
