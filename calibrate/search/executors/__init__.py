@@ -1,0 +1,1 @@
+"""Where candidates of a search are evaluated: in this process, on all GPUs, on a Ray cluster."""
