@@ -98,7 +98,7 @@ class SearchSpace:
         for spec, positions in zip(self.linears, self._positions, strict=True):
             scheme = plan.layers.get(spec.name)
             if scheme is not None:
-                scheme = _normalized(spec, scheme)
+                scheme = canonical_scheme(scheme, spec.in_features)
             if scheme not in positions:
                 got = "no scheme" if scheme is None else scheme.label
                 raise InputError(
@@ -215,6 +215,12 @@ def _size_pairs(base: LayerScheme, sizes: list[int], tied: bool) -> list[tuple[i
     return [(weight, activation) for weight in sizes for activation in sizes]
 
 
+def canonical_scheme(scheme: LayerScheme, in_features: int) -> LayerScheme:
+    """The scheme with a group of all K channels written 'channel' or 'token', as choices are."""
+    k = in_features
+    return _with_sizes(scheme, k, scheme.weight_group_size(k), scheme.activation_group_size(k))
+
+
 def _with_sizes(base: LayerScheme, k: int, weight: int, activation: int) -> LayerScheme:
     if not base.quantizes_weights:
         return base
@@ -223,9 +229,3 @@ def _with_sizes(base: LayerScheme, k: int, weight: int, activation: int) -> Laye
         weight_group="channel" if weight == k else weight,
         activation_group="token" if activation == k else activation,
     )
-
-
-def _normalized(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
-    """The scheme with a group of K channels written 'channel' or 'token', as choices have it."""
-    k = spec.in_features
-    return _with_sizes(scheme, k, scheme.weight_group_size(k), scheme.activation_group_size(k))
