@@ -18,7 +18,7 @@ from ..model import DiffusionModel
 from ..plan import LinearSpec, QuantizationPlan
 from ..schemes import LayerScheme
 from .bitops import linear_bitops
-from .latency import LatencyTable
+from .latency import LatencyTable, rows_of
 from .space import SearchSpace
 
 CostKind = Literal["effective-bits", "bytes", "bitops", "latency-ms"]
@@ -124,11 +124,6 @@ def latency_cost(
         return table.milliseconds(target, rows, spec.in_features, spec.out_features, scheme)
 
     return AdditiveCost("latency-ms", "ms per denoiser call", 0.0, tuple(linears), share)
-
-
-def rows_of(spec: LinearSpec, tokens: int, batch: int = 1) -> int:
-    """Rows M of a linear's input [M, K]: one a token, but one an image for adaLN's embedding."""
-    return batch if spec.role == "adaln" else batch * tokens
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from typing import Any
 
 from ...errors import ArtifactError, InputError
 from ...files import write_json
+from ..plan import LinearSpec
 from ..schemes import LayerScheme
 from ..strict_json import parse_json_object
 from .space import canonical_scheme
@@ -48,6 +49,11 @@ class LatencyKey:
             "out_features": self.out_features,
             "scheme": self.scheme.to_json(),
         }
+
+
+def rows_of(spec: LinearSpec, tokens: int, batch: int = 1) -> int:
+    """Rows M of a linear's input [M, K]: one a token, but one an image for adaLN's embedding."""
+    return batch if spec.role == "adaln" else batch * tokens
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,22 @@ class LatencyTable:
             raise ArtifactError(
                 f"{path} is not a readable latency table: {error}; delete it to measure again"
             ) from error
+
+
+def needed_keys(
+    linears: Iterable[LinearSpec],
+    schemes: Mapping[str, Sequence[LayerScheme]],
+    target: str,
+    tokens: int,
+    batch: int = 1,
+) -> list[LatencyKey]:
+    """The cases that a latency cost needs, each once: `schemes` by linear, `space.choices` say."""
+    keys = (
+        LatencyKey(target, rows_of(spec, tokens, batch), spec.in_features, spec.out_features, one)
+        for spec in linears
+        for one in schemes[spec.name]
+    )
+    return list(dict.fromkeys(keys))
 
 
 def _table(value: dict[str, Any]) -> LatencyTable:

@@ -1,0 +1,129 @@
+"""Measuring single linears: real numbers, a cache that survives, and nothing measured twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qdit.calibrate.schemes import LayerScheme
+from qdit.calibrate.search.latency import LatencyKey, LatencyTable
+from qdit.calibrate.simulate import QuantizedLinear
+from qdit.engines import latency_bench
+from qdit.engines.latency_bench import (
+    hardware_name,
+    latency_folder,
+    measure_latencies,
+    measure_linear,
+)
+from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
+from qdit.errors import InputError
+from qdit.export.single_linear import export_single_linear
+
+
+def key(target: str = "qdq", rows: int = 8, k: int = 64, **scheme: object) -> LatencyKey:
+    made = LayerScheme(**{"weight_group": 32, "activation_group": 32, **scheme})  # type: ignore[arg-type]
+    return LatencyKey(target, rows, k, 48, made)
+
+
+CASES = {
+    "qdq": key(),
+    "qdq per token": key(activation_group="token"),
+    "qdq asymmetric": key(weight_symmetric=False, activation_symmetric=False),
+    "qdq weight-only": key(activation_bits=16),
+    "qdq unquantized": key(weight_bits=16, activation_bits=16),
+    "torch": key("torch"),
+    "torch unquantized": key("torch", weight_bits=16, activation_bits=16),
+}
+
+
+def test_every_kind_of_case_is_measured_and_kept(tmp_path: Path) -> None:
+    table = measure_latencies(CASES.values(), threads=1, cache=tmp_path)
+    assert all(0 < table.times[case] < 1000 for case in CASES.values())
+    (file,) = tmp_path.iterdir()
+    assert LatencyTable.read(file).hardware == hardware_name("cpu", 1)
+
+
+def test_nothing_is_measured_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[LatencyKey] = []
+
+    def count(case: LatencyKey, *_: object) -> float:
+        calls.append(case)
+        return float(len(calls))
+
+    monkeypatch.setattr(latency_bench, "measure_linear", count)
+    first = measure_latencies([key(), key(weight_group="channel")], threads=1, cache=tmp_path)
+    # weights are dequantized at load, so both are one case; it takes three rounds, the least counts
+    assert len(calls) == 3
+    assert set(first.times.values()) == {1.0}
+    more = measure_latencies([key(), key(rows=9)], threads=1, cache=tmp_path)
+    assert len(calls) == 6
+    assert more.times[key()] == 1.0
+    measure_latencies([key()], threads=2, cache=tmp_path)  # another hardware: another file
+    assert len(calls) == 9
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_was_measured_is_kept_when_the_rest_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_at_the_tenth(case: LatencyKey, *_: object) -> float:
+        if case.rows == 10:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr(latency_bench, "measure_linear", fail_at_the_tenth)
+    with pytest.raises(KeyboardInterrupt):
+        measure_latencies([key(rows=rows) for rows in range(1, 20)], threads=1, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    assert {case.rows for case in LatencyTable.read(file).times} == set(range(1, 9))
+
+
+@pytest.mark.parametrize("damage", ["corrupt", "other versions"])
+def test_a_cache_that_does_not_hold_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    monkeypatch.setattr(latency_bench, "measure_linear", lambda *_: 2.0)
+    measure_latencies([key()], threads=1, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    if damage == "corrupt":
+        file.write_text("{")
+    else:
+        name = hardware_name("cpu", 1)
+        LatencyTable(name, {"torch": "1.0"}, {key(weight_group="channel"): 1.0}).write(file)
+    assert measure_latencies([key()], threads=1, cache=tmp_path).times[key()] == 2.0
+    assert LatencyTable.read(file).times[key(weight_group="channel")] == 2.0
+
+
+def test_unknown_targets_are_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="measured on qdq or torch, got 'tensorrt-plugin'"):
+        measure_latencies([key("tensorrt-plugin")], cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folder_follows_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("QDIT_CACHE", str(tmp_path))
+    assert latency_folder() == tmp_path / "latency"
+    monkeypatch.delenv("QDIT_CACHE")
+    assert latency_folder() == Path.home() / ".cache" / "qdit" / "latency"
+
+
+@pytest.mark.parametrize("name", ["qdq", "qdq asymmetric", "qdq weight-only"])
+def test_the_file_measured_computes_the_simulation(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    contents = latency_bench._contents(case)
+    export_single_linear(contents, tmp_path / "linear.onnx", rows=case.rows)
+    x = torch.randn(case.rows, case.in_features, generator=torch.Generator().manual_seed(1))
+    engine = OnnxRuntimeEngine(tmp_path / "linear.onnx", threads=1)
+    (output,) = engine.infer({"x": x.numpy()}).values()
+    simulated = QuantizedLinear(case.scheme, contents.quantized(), contents.bias)(x)
+    np.testing.assert_allclose(output, simulated.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_more_work_takes_longer(tmp_path: Path) -> None:
+    # 64 times the products: far beyond any noise
+    settings = latency_bench.RunSettings("cpu", 1)
+    small, large = (key("torch", rows=rows, k=1152) for rows in (8, 512))
+    assert measure_linear(small, settings, tmp_path) < measure_linear(large, settings, tmp_path)
