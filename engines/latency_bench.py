@@ -3,9 +3,9 @@
 Each case is the linear alone with random integers for weights and normal input, run through the
 project's own pieces: the lowering, writer and engine of the `qdq` target, the simulation for
 `torch`. Noise: two warm-up runs (memory, code paths, clock), then the median of at least five
-timed ones; cases take turns for three rounds and keep their least median, since other processes
-come in bursts and only ever add time. Slow drift of the machine stays in the table, and nothing is
-smoothed or made monotone in the group size, since real kernels are not.
+timed ones; the cases of a shape take turns for three rounds and keep their least median, since
+other processes come in bursts and only ever add time. Slow drift of the machine stays in the table,
+and nothing is smoothed or made monotone in the group size, since real kernels are not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CACHE_VARIABLE = "QDIT_CACHE"
 
 _WARM_UP = 2
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_S = 5, 25, 0.03
-_ROUNDS, _TURNS = 3, 8  # cases that take turns
+_ROUNDS = 3
 _SAVE_EVERY_S = 10.0
 _ENVIRONMENT = ("onnxruntime", "onnxruntime-gpu", "torch", "qdit")
 
@@ -169,9 +169,15 @@ def _measure_and_keep(
 
 
 def _turns(keys: Sequence[LatencyKey]) -> list[LatencyKey]:
-    """A B C A B C A B C, then D E F …: each case `_ROUNDS` times."""
-    starts = range(0, len(keys), _TURNS)
-    return [key for start in starts for key in (*keys[start : start + _TURNS],) * _ROUNDS]
+    """A B C A B C A B C, then D E F …: each case `_ROUNDS` times, in turns with all its shape.
+
+    What is chosen between is measured side by side: drift hits all choices of a shape alike.
+    """
+    shapes: dict[tuple[str, int, int, int], list[LatencyKey]] = {}
+    for key in keys:
+        shape = (key.target, key.rows, key.in_features, key.out_features)
+        shapes.setdefault(shape, []).append(key)
+    return [key for cases in shapes.values() for key in cases * _ROUNDS]
 
 
 def measure_linear(key: LatencyKey, settings: RunSettings, folder: Path) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ...errors import StepError
+from .quiet_stdout import quiet_stdout
 
 _BISECTIONS = 80
 # Rounding room of the bounds, relative to the largest error sum: a choice that is in doubt stays.
@@ -198,13 +199,14 @@ def _solve(
     constraints += [LinearConstraint(row, -np.inf, limit) for row, limit in rows]
     weights, _ = _row(objective, core, math.inf, _OBJECTIVE_SCALE)
     for _ in range(_MOST_CUTS):
-        result = milp(
-            weights,
-            integrality=np.ones(len(weights)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
-        )
+        with quiet_stdout():
+            result = milp(
+                weights,
+                integrality=np.ones(len(weights)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0},
+            )
         if result.status == 2:
             return None
         if result.x is None or result.status != 0:
