@@ -188,10 +188,10 @@ class _Job:
             originals = [self._weight(spec.name) for spec in specs]
             quantized = self._quantize(torch.cat(originals), specs[0], factor)
             for spec, original, part in zip(
-                specs, originals, _split_rows(quantized, originals), strict=True
+                specs, originals, split_rows(quantized, originals), strict=True
             ):
                 result.weights[spec.name] = part
-                result.errors[spec.name] = _layer_error(original, part, hessian)
+                result.errors[spec.name] = layer_error(original, part, hessian)
 
     def _weight(self, name: str) -> Tensor:
         return self._denoiser.get_submodule(name).get_parameter("weight").detach().float()
@@ -216,7 +216,7 @@ def _by_weight_scheme(
     return list(groups.values())
 
 
-def _split_rows(quantized: QuantizedWeight, like: Sequence[Tensor]) -> list[QuantizedWeight]:
+def split_rows(quantized: QuantizedWeight, like: Sequence[Tensor]) -> list[QuantizedWeight]:
     """The parts of stacked linears, each with tensors of its own."""
     if len(like) == 1:
         return [quantized]
@@ -237,7 +237,7 @@ def _split_rows(quantized: QuantizedWeight, like: Sequence[Tensor]) -> list[Quan
     ]
 
 
-def _layer_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> LayerError:
+def layer_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> LayerError:
     """‖D‖/‖W‖ and sqrt(tr(D H Dᵀ) / tr(W H Wᵀ)) with D = W − Ŵ: H stands for the inputs."""
     difference = weight - quantized.dequantize()
     relative = _ratio(difference.square().sum(), weight.square().sum())

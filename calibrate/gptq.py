@@ -18,7 +18,8 @@ date when its scale is computed, whatever the two sizes are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -37,7 +38,7 @@ from .hessian import (
 from .quantizers import QuantizedWeight, pack_values
 from .schemes import LayerScheme
 
-__all__ = ["GptqSettings", "HessianAccumulator", "factor_for", "gptq", "solve"]
+__all__ = ["GptqSettings", "HessianAccumulator", "factor_for", "gptq", "solve", "solve_groups"]
 
 _SILENT = Silent()
 
@@ -111,42 +112,85 @@ def solve(
 ) -> QuantizedWeight:
     """GPTQ of weight [N, K] by a factor from `factor_for`. Rows do not influence each other,
     so linears with the same input and scheme are solved together by stacking their rows."""
-    if not scheme.quantizes_weights:
-        raise InputError("GPTQ needs weight bits below 16, got 16; leave the linear as it is")
-    scheme = scheme.weight_only()
-    scheme.check_fits("the weight", weight.shape[1])
+    return solve_groups(weight, factor, [scheme], settings, loops)[0]
+
+
+def solve_groups(
+    weight: Tensor,
+    factor: InverseFactor,
+    schemes: Sequence[LayerScheme],
+    settings: GptqSettings,
+    loops: ColumnLoops,
+) -> list[QuantizedWeight]:
+    """`solve` under schemes that differ in nothing but their weight group, one result each.
+
+    In the order by activation a group decides the scales and nothing else, so all schemes are
+    stacked as further rows and solved in one run over the columns.
+    """
+    weight_only = [scheme.weight_only() for scheme in schemes]
+    for scheme in weight_only:
+        if not scheme.quantizes_weights:
+            raise InputError("GPTQ needs weight bits below 16, got 16; leave the linear as it is")
+        scheme.check_fits("the weight", weight.shape[1])
+        if replace(scheme, weight_group="channel") != replace(
+            weight_only[0], weight_group="channel"
+        ):
+            raise ValueError("stacked schemes may differ in the weight group only")
     columns = weight.t().to(factor.rows.dtype)[factor.order].contiguous()  # a copy [K, N]
     columns.masked_fill_(factor.dead.unsqueeze(1), 0)
-    find = _in_activation_order if settings.order == "activation" else _in_natural_order
-    values, scale, zero_point = find(columns, factor, scheme, settings, loops)
-    return pack_values(
-        values.t().contiguous(), scale.t().contiguous(), zero_point.t().contiguous(), scheme
-    )
+    if settings.order == "activation":
+        return _in_activation_order(columns, factor, weight_only, settings, loops)
+    return [
+        _in_natural_order(columns.clone(), factor, scheme, settings, loops)
+        for scheme in weight_only
+    ]
 
 
 def _in_activation_order(
     columns: Tensor,
     factor: InverseFactor,
-    scheme: LayerScheme,
+    schemes: Sequence[LayerScheme],
     settings: GptqSettings,
     loops: ColumnLoops,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(values [K, N] in natural order, scale [G, N], zero point [G, N])."""
+) -> list[QuantizedWeight]:
+    """All `schemes` at once: S of them make columns [K, S·N] of the given [K, N]."""
     k, n = columns.shape
-    size = scheme.weight_group_size(k)
     natural = torch.empty_like(columns)
     natural[factor.order] = columns
-    scale, zero_point = group_parameters(natural.reshape(-1, size, n), scheme, settings.clipped)
-    group_of = factor.order // size
-    values = natural  # its weights have served
+    sizes = [scheme.weight_group_size(k) for scheme in schemes]
+    parameters = [
+        group_parameters(natural.reshape(-1, size, n), scheme, settings.clipped)
+        for size, scheme in zip(sizes, schemes, strict=True)
+    ]
+    stacked = columns if len(schemes) == 1 else columns.repeat(1, len(schemes))
+    values = torch.empty_like(stacked)
+    loop_scheme = replace(schemes[0], weight_group="channel")  # the loop is given its scales
     for start in range(0, k, settings.block_size):
         stop = min(start + settings.block_size, k)
-        loop = loops.of(LoopShape(stop - start, n, None, scheme, settings.clipped), columns)
-        loop.scale.copy_(scale[group_of[start:stop]])
-        loop.zero_point.copy_(zero_point[group_of[start:stop]])
-        _run_block(loop, columns, factor, start, stop)
-        values[factor.order[start:stop]] = loop.values
-    return values, scale, zero_point
+        shape = LoopShape(stop - start, stacked.shape[1], None, loop_scheme, settings.clipped)
+        loop = loops.of(shape, stacked)
+        inputs = factor.order[start:stop]
+        for part, (size, (scale, zero_point)) in enumerate(zip(sizes, parameters, strict=True)):
+            rows = slice(part * n, (part + 1) * n)
+            loop.scale[:, rows] = scale[inputs // size]
+            loop.zero_point[:, rows] = zero_point[inputs // size]
+        _run_block(loop, stacked, factor, start, stop)
+        values[inputs] = loop.values
+    return [
+        _packed(part, scale, zero_point, scheme)
+        for part, (scale, zero_point), scheme in zip(
+            values.split(n, dim=1), parameters, schemes, strict=True
+        )
+    ]
+
+
+def _packed(
+    values: Tensor, scale: Tensor, zero_point: Tensor, scheme: LayerScheme
+) -> QuantizedWeight:
+    """From the loop's transposed layout: values [K, N], scale and zero point [G, N]."""
+    return pack_values(
+        values.t().contiguous(), scale.t().contiguous(), zero_point.t().contiguous(), scheme
+    )
 
 
 def _in_natural_order(
@@ -155,8 +199,8 @@ def _in_natural_order(
     scheme: LayerScheme,
     settings: GptqSettings,
     loops: ColumnLoops,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(values [K, N], scale [G, N], zero point [G, N])."""
+) -> QuantizedWeight:
+    """One scheme; changes `columns` [K, N]."""
     k, n = columns.shape
     size = scheme.weight_group_size(k)
     whole = size <= settings.block_size
@@ -176,7 +220,7 @@ def _in_natural_order(
         values[start:stop] = loop.values
         if whole:
             scale[groups], zero_point[groups] = loop.scale, loop.zero_point
-    return values, scale, zero_point
+    return _packed(values, scale, zero_point, scheme)
 
 
 def _run_block(

@@ -82,6 +82,9 @@ class Family(Protocol):
     def run_block(self, block: nn.Module, inputs: BlockInputs) -> Tensor:
         """One block: [B, T, D] → [B, T, D]."""
 
+    def after_blocks(self, denoiser: nn.Module, inputs: BlockInputs) -> Tensor:
+        """From what the last block gave [B, T, D] to the raw output, as `forward` ends."""
+
     def noise_prediction(self, denoiser: nn.Module, output: Tensor) -> Tensor:
         """The epsilon part [B, C, H, W] of the raw output (drops a learned sigma)."""
 

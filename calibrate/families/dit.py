@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ...errors import InputError
 from ..diffusers_logs import silence_needless_warnings
@@ -181,6 +183,21 @@ class DiTFamily:
 
     def run_block(self, block: nn.Module, inputs: BlockInputs) -> Tensor:
         output: Tensor = block(inputs.hidden_states, **inputs.shared)
+        return output
+
+    def after_blocks(self, denoiser: nn.Module, inputs: BlockInputs) -> Tensor:
+        """The final adaLN layer and the way back from patches to [B, out channels, H, W]."""
+        model: Any = denoiser
+        hidden = inputs.hidden_states
+        embedding = model.transformer_blocks[0].norm1.emb(
+            inputs.shared["timestep"], inputs.shared["class_labels"], hidden_dtype=hidden.dtype
+        )
+        shift, scale = model.proj_out_1(functional.silu(embedding)).chunk(2, dim=1)
+        patches = model.proj_out_2(model.norm_out(hidden) * (1 + scale[:, None]) + shift[:, None])
+        grid, size = math.isqrt(patches.shape[1]), model.config.patch_size
+        square = patches.unflatten(2, (size, size, -1)).unflatten(1, (grid, grid))
+        # [B, rows, columns, row in patch, column in patch, C] → [B, C, H, W]
+        output: Tensor = square.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
         return output
 
     def noise_prediction(self, denoiser: nn.Module, output: Tensor) -> Tensor:

@@ -1,0 +1,106 @@
+"""A denoiser whose linears change their group sizes by a pointer: candidates at no cost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..model import DiffusionModel
+from ..plan import QuantizationPlan
+from ..quantizers import QuantizedWeight, fake_quantize_activation
+from ..schemes import LayerScheme, WeightGroup
+from ..simulate import replace_linear
+from .weight_cache import WeightCache
+
+
+class SwitchableLinear(nn.Module):
+    """A linear [..., K] → [..., N] with full-precision weights and cached quantized ones.
+
+    Starts in full precision. `use` computes what `simulate.QuantizedLinear` computes.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, weights: Mapping[WeightGroup, QuantizedWeight], fast: bool = False
+    ) -> None:
+        super().__init__()
+        self._linear = linear
+        self._weights = weights
+        self._weight: Tensor = linear.weight.detach()
+        self._scheme: LayerScheme | None = None
+        self._quantize = _compiled_quantizer() if fast else fake_quantize_activation
+
+    def use(self, weight_group: WeightGroup | None, activation: LayerScheme | None) -> None:
+        """Take the cached weights of `weight_group`, and quantize inputs as `activation` says;
+        None leaves that side in full precision."""
+        like = self._linear.weight.detach()
+        self._weight = like
+        if weight_group is not None:
+            self._weight = self._weights[weight_group].to(like.device).dequantize(like.dtype)
+        quantizes = activation is not None and activation.quantizes_activations
+        self._scheme = activation if quantizes else None
+
+    # a compiled denoiser breaks here, so that another group does not compile all of it again
+    @torch.compiler.disable(recursive=False)
+    def forward(self, x: Tensor) -> Tensor:
+        if self._scheme is not None:
+            x = self._quantize(x, self._scheme)
+        return functional.linear(x, self._weight, self._linear.bias)
+
+
+class CandidateDenoiser:
+    """A copy of a model's denoiser that becomes any plan of the cache's search space.
+
+    `fast` compiles everything around the products (CUDA; results then differ by rounding flips).
+    The copy shares the full-precision parameters with the model.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        cache: WeightCache,
+        *,
+        device: torch.device | str = "cpu",
+        fast: bool = False,
+    ) -> None:
+        self.model = model
+        model.denoiser.to(device)
+        memo: dict[int, Any] = {id(own): own for own in model.denoiser.parameters()}
+        denoiser = copy.deepcopy(model.denoiser, memo)
+        self.linears: dict[str, SwitchableLinear] = {}
+        for name, weights in cache.weights.items():
+            linear: Any = denoiser.get_submodule(name)
+            on_device = {group: weight.to(device) for group, weight in weights.items()}
+            self.linears[name] = SwitchableLinear(linear, on_device, fast)
+            replace_linear(denoiser, name, self.linears[name])
+        self.denoiser: nn.Module = denoiser
+        self.module: nn.Module = denoiser
+        if fast:
+            self.module = torch.compile(denoiser, dynamic=False)  # type: ignore[assignment]
+
+    def apply(self, plan: QuantizationPlan) -> None:
+        """Become the simulation of `plan`, with the cache's weights."""
+        for name, linear in self.linears.items():
+            scheme = plan[name]
+            linear.use(scheme.weight_group if scheme.quantizes_weights else None, scheme)
+
+    def reset(self) -> None:
+        """Become full precision again."""
+        for linear in self.linears.values():
+            linear.use(None, None)
+
+
+def _compiled_quantizer() -> Any:
+    """`fake_quantize_activation` as one kernel for each scheme and shape that it meets."""
+    config: Any = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    if getattr(config, limit) < _VARIANTS:
+        setattr(config, limit, _VARIANTS)
+    return torch.compile(fake_quantize_activation, dynamic=False)
+
+
+_VARIANTS = 256  # group sizes × input widths × batch sizes that one process may see
