@@ -24,6 +24,10 @@ _ROOM = 1e-10
 # meant for; what they let over a limit is found and cut off below.
 _OBJECTIVE_SCALE = 1e5
 _MOST_CUTS = 200
+# For one proof of optimality. Measured on DiT-XL's 196 layers: 0.2 to 5 s, but minutes where all
+# blocks are alike to a thousandth. scipy gives no plan back at a limit of nodes, only of seconds.
+_MOST_SECONDS = 15.0
+_LIMIT_REACHED = 1
 
 Choice = tuple[int, ...]
 
@@ -63,7 +67,9 @@ def cheapest(problem: Knapsack) -> Choice:
 def least_error(problem: Knapsack) -> Choice | None:
     """The exact optimum, or None where even the cheapest choices exceed the limit.
 
-    Of equal errors the one of the least `ties` is taken, in a second exact solution.
+    Of equal errors the one of the least `ties` is taken, in a second exact solution. Where HiGHS
+    cannot prove the optimum in `_MOST_SECONDS` the best feasible plan found is taken: blocks
+    that are alike but for a thousandth leave thousands of plans within the last digits.
     """
     start = cheapest(problem)
     if problem.cost(start) > problem.limit:
@@ -205,11 +211,13 @@ def _solve(
                 integrality=np.ones(len(weights)),
                 bounds=Bounds(0, 1),
                 constraints=constraints,
-                options={"mip_rel_gap": 0.0},
+                options={"mip_rel_gap": 0.0, "time_limit": _MOST_SECONDS},
             )
         if result.status == 2:
             return None
-        if result.x is None or result.status != 0:
+        if result.x is None and result.status == _LIMIT_REACHED:
+            return None
+        if result.x is None or result.status not in (0, _LIMIT_REACHED):
             raise StepError(f"the solver gave up on the group choice: {result.message}")
         taken = result.x > 0.5
         choice = tuple(int(gene) for gene in position[taken])

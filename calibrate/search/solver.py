@@ -32,7 +32,9 @@ def solve(
 
     `budget` and `costs` are without the cost model's `fixed`. Rounding of sums is forgiven
     (`budget.RELATIVE_SLACK`), as `Budget.allows` does. Among plans of equal total error (to 1e-10
-    of the largest sum) the one of least Σ `tie_break` is chosen, then too exactly.
+    of the largest sum) the one of least Σ `tie_break` is chosen, then too exactly. One exception:
+    a proof of optimality that takes longer than 15 s ends with the best plan found, always within
+    the budget (`knapsack.least_error` says when).
 
     Raises `InputError` that names the cheapest feasible cost where none is within the budget.
     """
