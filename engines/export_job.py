@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..export.qdq import export_qdq
 from ..memory import release_memory
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
+from .full_precision import FullPrecision
 from .options import ExportOptions
 from .proof_job import ProofJob, prove_and_report
 from .workspace import Workspace
@@ -82,7 +84,7 @@ def run_export(options: ExportOptions, command: str, progress: Progress) -> bool
     """Run the whole job; True when the gate passed. The report is written either way."""
     made = quantize_and_export(options, progress)
     release_memory()  # the quantized model goes before full precision is loaded again
-    full = load_model(options.model, device=made.device, seed=options.seed)
+    full = FullPrecision(partial(load_model, options.model, device=made.device, seed=options.seed))
     proof = ProofJob(
         full,
         made.checkpoint,

@@ -70,6 +70,7 @@ class OnnxRuntimeEngine:
         self._inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self._outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._names = [spec.name for spec in self._outputs]
+        self._looks_inside = bool(extra_outputs)
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -88,11 +89,11 @@ class OnnxRuntimeEngine:
         """All outputs by name. Raises `InputError` for inputs of a wrong name, dtype or shape."""
         session = self._open_session()
         check_inputs(self._inputs, inputs)
+        run = _run_in_turn if self._looks_inside else _run
         try:
-            outputs = session.run(None, dict(inputs))
+            return run(session, self._names, inputs)
         except Exception as error:  # ONNX Runtime raises kinds of its own
             raise StepError(f"ONNX Runtime failed on {self.path}: {error}") from error
-        return dict(zip(self._names, outputs, strict=True))
 
     def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
         """This engine for the sampling loop; `config` is the denoiser's."""
@@ -106,6 +107,25 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise InputError(f"the engine of {self.path} is closed; open it again")
         return self._session
+
+
+def _run(session: Any, names: Sequence[str], inputs: Arrays) -> dict[str, np.ndarray]:
+    return dict(zip(names, session.run(None, dict(inputs)), strict=True))
+
+
+def _run_in_turn(session: Any, names: Sequence[str], inputs: Arrays) -> dict[str, np.ndarray]:
+    """As `_run`, with outputs copied out of ONNX Runtime one by one and freed there.
+
+    `session.run` keeps its own outputs until all are copied: every inner value of a large model
+    twice.
+    """
+    given = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        for name, array in inputs.items()
+    }
+    made = list(session.run_with_ort_values(None, given))
+    made.reverse()
+    return {name: made.pop().numpy() for name in names}
 
 
 def _check_available(providers: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """Parity of denoisers: full precision, torch simulation and an exported file, on the same inputs.
 
-One large module is alive at a time beside the full-precision model: the float64 simulation, the
-float32 one, then the engine.
+They run one after another, so that few large things are alive at once: full precision (which the
+caller may then put away), the float64 simulation, and the float32 one, which stays for comparing
+linears beside the engine's sessions.
 """
 
 from __future__ import annotations
@@ -104,21 +105,26 @@ def measure_parity(
     open_engine: OpenEngine,
     *,
     dtype: str = "float32",
+    after_full_precision: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> DenoiserParity:
     """Compare the three on `steps` (from `record_trajectories`).
 
-    `dtype` is what the exported file computes in. Torch runs on the model's device. Raises
-    `StepError` when the engine cannot be opened or run.
+    `dtype` is what the exported file computes in. Torch runs on the model's device.
+    `after_full_precision` is called once `model` has run for the last time: from then on only its
+    shapes are used. Raises `StepError` when the engine cannot be opened or run.
     """
     comparison = _Parity(model, checkpoint, list(steps), dtype, progress or Silent())
     with plain_float32():
-        return _measure(comparison, exported, open_engine)
+        full = comparison.torch_outputs(model.denoiser, "full precision", comparison.steps)
+        after_full_precision()
+        return _measure(comparison, full, exported, open_engine)
 
 
-def _measure(comparison: _Parity, exported: Path, open_engine: OpenEngine) -> DenoiserParity:
+def _measure(
+    comparison: _Parity, full: _Outputs, exported: Path, open_engine: OpenEngine
+) -> DenoiserParity:
     model, checkpoint, dtype = comparison.model, comparison.checkpoint, comparison.dtype
-    full = comparison.torch_outputs(model.denoiser, "full precision", comparison.steps)
     comparison.add_inputs(tokens=full.blocks[0].shape[1])
     other = comparison.other_simulation()
     release_memory()
@@ -228,6 +234,7 @@ class _Parity:
             arrays = inner.infer(self.middle.arrays(names))
         finally:
             inner.close()
+        release_memory()
         noise = []
         engine = open_engine(exported, ())
         try:

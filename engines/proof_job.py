@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..files import sha256_of_file, write_json
 from ..progress import Progress
 from .estimate import choose_fid_samples, measure_forward
+from .full_precision import FullPrecision
 from .gate import Gate, Limits, judge
 from .machine import describe_machine
 from .onnxruntime_engine import OnnxRuntimeEngine
@@ -35,9 +36,9 @@ _SPEED_FILE = "speed.json"
 
 @dataclass(frozen=True)
 class ProofJob:
-    """What the steps of a proof share. `model` is full precision, `exported` the file it became."""
+    """What the steps of a proof share. `full` is full precision, `exported` the file it became."""
 
-    model: DiffusionModel
+    full: FullPrecision
     checkpoint: QuantizedCheckpoint
     exported: Path
     dtype: str
@@ -45,6 +46,11 @@ class ProofJob:
     workspace: Workspace
     batch_size: int
     progress: Progress
+
+    @property
+    def model(self) -> DiffusionModel:
+        """Full precision; its weights are away between parity and images (`FullPrecision`)."""
+        return self.full.model
 
     def open_engine(self, path: Path, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
         """The engine that is compared and that makes images on a CPU.
@@ -152,6 +158,7 @@ def _parity(job: ProofJob, seconds: float) -> DenoiserParity:
         steps,
         job.open_engine,
         dtype=job.dtype,
+        after_full_precision=job.full.put_away,
         progress=job.progress,
     )
 
@@ -175,6 +182,7 @@ def _images(job: ProofJob, fid_files: FidFiles, seconds: float) -> tuple[PairedI
     }
 
     def sample(folder: Path) -> None:
+        job.full.bring_back()
         sample_pairs(
             job.model,
             job.model.as_denoiser(),

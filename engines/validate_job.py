@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -14,6 +15,7 @@ from ..export.lower import DTYPE_KEY
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .export_job import ONNX_NAME
+from .full_precision import FullPrecision
 from .options import ProofOptions
 from .proof_job import ProofJob, prove_and_report
 from .workspace import Workspace
@@ -31,11 +33,14 @@ def run_validate(
         torch.set_num_threads(options.threads)
     source = checkpoint.source
     device = resolve_device(options.device)
-    full = load_model(model or source.location, device=device, seed=source.seed or 0)
-    if full.source.sha256 != source.sha256:
+    full = FullPrecision(
+        partial(load_model, model or source.location, device=device, seed=source.seed or 0)
+    )
+    given = full.model.source
+    if given.sha256 != source.sha256:
         raise InputError(
-            f"{full.source.location} is not the model that {folder} was made from "
-            f"(SHA-256 {full.source.sha256[:12]}, recorded {source.sha256[:12]}); "
+            f"{given.location} is not the model that {folder} was made from "
+            f"(SHA-256 {given.sha256[:12]}, recorded {source.sha256[:12]}); "
             "name the right one with --model"
         )
     job = ProofJob(

@@ -103,6 +103,19 @@ class TestRuns:
         np.testing.assert_array_equal(made["doubled"], np.full((2, 3, 4, 4), 2))
         assert sorted(file.name for file in tmp_path.iterdir()) == before
 
+    def test_inner_values_change_no_output_and_outlive_the_engine(
+        self, engine: OnnxRuntimeEngine
+    ) -> None:
+        inputs = _inputs() | {
+            "hidden_states": np.arange(96.0, dtype=np.float32).reshape(4, 4, 3, 2).T
+        }
+        assert not inputs["hidden_states"].flags.c_contiguous
+        inside = OnnxRuntimeEngine(engine.path, extra_outputs=["doubled"])
+        made = inside.infer(inputs)
+        inside.close()
+        np.testing.assert_array_equal(made["sample"], engine.infer(inputs)["sample"])
+        np.testing.assert_array_equal(made["doubled"], 2 * inputs["hidden_states"])
+
     def test_as_denoiser_drops_sigma_and_keeps_the_dtype(self, engine: OnnxRuntimeEngine) -> None:
         denoise = engine.as_denoiser(family_named("dit"), _CONFIG)
         x = torch.ones(2, 3, 4, 4, dtype=torch.float64)

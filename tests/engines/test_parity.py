@@ -262,6 +262,28 @@ def test_errors_put_into_the_engine_are_found_at_their_size_and_place(
     assert worst.comparison.relative_error == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_full_precision_runs_no_more_once_the_caller_was_told(
+    model: DiffusionModel, checkpoint: QuantizedCheckpoint, exported: Path, steps: list[Step]
+) -> None:
+    calls: list[str] = []
+    hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append("run"))
+
+    def open_engine(path: Path, extra: Sequence[str]) -> TorchEngine:
+        return TorchEngine(model, checkpoint.build_denoiser(), extra)
+
+    measure_parity(
+        model,
+        checkpoint,
+        exported,
+        steps,
+        open_engine,
+        after_full_precision=lambda: calls.append("told"),
+    )
+    hook.remove()
+    # every step, and the middle one again for the blocks
+    assert calls == ["run"] * (len(steps) + 1) + ["told"]
+
+
 def test_a_float16_file_is_bound_by_the_float16_simulation(
     model: DiffusionModel, checkpoint: QuantizedCheckpoint, exported: Path, steps: list[Step]
 ) -> None:
