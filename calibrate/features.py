@@ -140,10 +140,10 @@ class TorchScriptFeatures:
         return _checked_output(features.cpu().numpy(), len(part), self.path)
 
 
-def _providers(device: torch.device) -> list[str]:
+def _providers(device: torch.device) -> list[str | tuple[str, dict[str, int]]]:
     cuda, cpu = "CUDAExecutionProvider", "CPUExecutionProvider"
     wants_cuda = device.type == "cuda" and cuda in onnxruntime.get_available_providers()
-    return [cuda, cpu] if wants_cuda else [cpu]
+    return [(cuda, {"device_id": device.index or 0}), cpu] if wants_cuda else [cpu]
 
 
 def to_uint8(images: Tensor) -> Tensor:
