@@ -26,6 +26,7 @@ from .parity import DenoiserParity, measure_parity
 from .parity_images import image_parity
 from .parity_inputs import record_trajectories
 from .report.build import Proof, build_report
+from .report.search_schema import SearchEntry
 from .report.write import write_report
 from .workspace import Workspace
 
@@ -36,7 +37,10 @@ _SPEED_FILE = "speed.json"
 
 @dataclass(frozen=True)
 class ProofJob:
-    """What the steps of a proof share. `full` is full precision, `exported` the file it became."""
+    """What the steps of a proof share. `full` is full precision, `exported` the file it became.
+
+    `search` is how the plan was found, for the report; None where it was given.
+    """
 
     full: FullPrecision
     checkpoint: QuantizedCheckpoint
@@ -46,6 +50,7 @@ class ProofJob:
     workspace: Workspace
     batch_size: int
     progress: Progress
+    search: SearchEntry | None = None
 
     @property
     def model(self) -> DiffusionModel:
@@ -244,6 +249,7 @@ def _write(job: ProofJob, proof: Proof, images: PairedImages | None, command: st
         machine=describe_machine(),
         output=output,
         files=files,
+        search=job.search,
     )
     full, quantized, captions = None, None, []
     if images is not None:

@@ -18,6 +18,7 @@ from .export_job import ONNX_NAME
 from .full_precision import FullPrecision
 from .options import ProofOptions
 from .proof_job import ProofJob, prove_and_report
+from .report.search_schema import SEARCH_NAME, read_search
 from .workspace import Workspace
 
 
@@ -31,6 +32,7 @@ def run_validate(
         raise InputError(f"{folder} holds no {ONNX_NAME}; export it again with qdit-export")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
     source = checkpoint.source
     device = resolve_device(options.device)
     full = FullPrecision(
@@ -52,6 +54,7 @@ def run_validate(
         Workspace(folder),
         options.batch_size or default_batch_size(device),
         progress,
+        search=search,
     )
     return prove_and_report(job, command)
 

@@ -42,6 +42,7 @@ from .schema import (
     TimestepEntry,
     WorstEntry,
 )
+from .search_schema import SearchEntry
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def build_report(
     files: Sequence[Path] = (),
     warnings: Sequence[str] = (),
     created: datetime | None = None,
+    search: SearchEntry | None = None,
 ) -> Report:
     """Assemble the report of one export.
 
     `model` is the full-precision model; `machine` is `describe_machine()`; `files` lie under
-    `output` and are hashed here.
+    `output` and are hashed here; `search` is how the plan was found, if by a search.
     """
     facts = dict(machine)
     versions = facts.pop("versions", {})
@@ -96,6 +98,7 @@ def build_report(
         machine=facts,
         versions=versions,
         warnings=tuple(warnings),
+        search=search,
     )
 
 

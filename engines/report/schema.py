@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError
 
 from ...errors import ArtifactError, InputError
 from ...files import write_json
+from .entry import Entry, first_problem
+from .search_schema import SearchEntry
 
 SCHEMA_VERSION: Literal[1] = 1
 NAME = "report.json"
@@ -20,11 +22,7 @@ NAME = "report.json"
 Error = float | None  # a relative error; null when it is not finite
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class SourceEntry(_Entry):
+class SourceEntry(Entry):
     """Where the full-precision model came from."""
 
     kind: str
@@ -33,7 +31,7 @@ class SourceEntry(_Entry):
     seed: int | None
 
 
-class ModelEntry(_Entry):
+class ModelEntry(Entry):
     """The model. `sample_shape` is [C, H, W] of one noise sample."""
 
     name: str
@@ -44,7 +42,7 @@ class ModelEntry(_Entry):
     source: SourceEntry
 
 
-class LayerEntry(_Entry):
+class LayerEntry(Entry):
     """One linear: weight [out_features, in_features], its scheme, bytes and errors.
 
     `bytes` counts integers, scales and zero points. `weight_error` and `output_error` come from
@@ -69,7 +67,7 @@ class LayerEntry(_Entry):
     output_error: Error = None
 
 
-class PlanEntry(_Entry):
+class PlanEntry(Entry):
     """The plan. `effective_weight_bits` is over the linears it quantizes, scales included."""
 
     bits: str
@@ -78,7 +76,7 @@ class PlanEntry(_Entry):
     layers: tuple[LayerEntry, ...]
 
 
-class FileEntry(_Entry):
+class FileEntry(Entry):
     """A file of the export, by its path in the output folder."""
 
     name: str
@@ -86,7 +84,7 @@ class FileEntry(_Entry):
     sha256: str
 
 
-class SizeParts(_Entry):
+class SizeParts(Entry):
     """What `quantized_bytes` is made of."""
 
     integers_bytes: int
@@ -94,7 +92,7 @@ class SizeParts(_Entry):
     untouched_parameters_bytes: int
 
 
-class SizesEntry(_Entry):
+class SizesEntry(Entry):
     """Sizes. `full_precision_fp16_bytes`: all parameters in float16, shared ones once;
     `quantized_bytes`: the checkpoint folder's two files."""
 
@@ -105,7 +103,7 @@ class SizesEntry(_Entry):
     files: tuple[FileEntry, ...]
 
 
-class SamplingEntry(_Entry):
+class SamplingEntry(Entry):
     """How the compared images were made. `scheduler` is null for the model's own."""
 
     num_inference_steps: int
@@ -114,7 +112,7 @@ class SamplingEntry(_Entry):
     scheduler: str | None
 
 
-class WorstEntry(_Entry):
+class WorstEntry(Entry):
     """The coordinate of the largest difference, both values, and the tolerance it needs."""
 
     where: tuple[int, ...]
@@ -123,7 +121,7 @@ class WorstEntry(_Entry):
     needed_tolerance: Error
 
 
-class ComparisonEntry(_Entry):
+class ComparisonEntry(Entry):
     """A relative error ‖got − expected‖ / ‖expected‖ and where it is largest."""
 
     relative_error: Error
@@ -131,7 +129,7 @@ class ComparisonEntry(_Entry):
     worst: WorstEntry | None
 
 
-class BoundEntry(_Entry):
+class BoundEntry(Entry):
     """The engine's distance from the simulation in units of the simulation's own.
 
     `own_relative_error` is the distance between the simulation in the two `own_dtypes`.
@@ -150,7 +148,7 @@ class EngineComparisonEntry(ComparisonEntry):
     bound: BoundEntry
 
 
-class LinearEntry(_Entry):
+class LinearEntry(Entry):
     """One quantized linear in ONNX Runtime and in simulation, fed the same input."""
 
     name: str
@@ -159,7 +157,7 @@ class LinearEntry(_Entry):
     worst: WorstEntry | None
 
 
-class PairEntry(_Entry):
+class PairEntry(Entry):
     """Relative errors of both steps on the way from full precision to the exported file."""
 
     simulation_vs_full_precision: Error
@@ -178,7 +176,7 @@ class TimestepEntry(PairEntry):
     timestep: int
 
 
-class ImagesEntry(_Entry):
+class ImagesEntry(Entry):
     """Image pairs from the same noise. PSNR in dB with peak 2; null where infinite or undefined.
 
     `engine` is what made the quantized images: 'onnxruntime' or 'simulation'.
@@ -195,7 +193,7 @@ class ImagesEntry(_Entry):
     not_finite: int
 
 
-class FidEntry(_Entry):
+class FidEntry(Entry):
     """FID of both models over the same noise; `difference` = quantized − full precision."""
 
     full_precision: float
@@ -213,7 +211,7 @@ class FidEntry(_Entry):
     method: str
 
 
-class CheckEntry(_Entry):
+class CheckEntry(Entry):
     """One check of the gate. `value` must be at most `limit`."""
 
     name: str
@@ -223,7 +221,7 @@ class CheckEntry(_Entry):
     why: str
 
 
-class ParityEntry(_Entry):
+class ParityEntry(Entry):
     """All paired figures, and the gate's verdict on them.
 
     `images_compared` and `steps_compared` say on how many inputs the denoisers were compared.
@@ -246,8 +244,11 @@ class ParityEntry(_Entry):
     fid_not_run: str | None
 
 
-class Report(_Entry):
-    """The whole of report.json. `timings_s` is by step of the job, in seconds."""
+class Report(Entry):
+    """The whole of report.json. `timings_s` is by step of the job, in seconds.
+
+    `search` is null where the plan was given and not searched for.
+    """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     created: str
@@ -261,6 +262,7 @@ class Report(_Entry):
     machine: dict[str, JsonValue]
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
+    search: SearchEntry | None = None
 
     def write(self, path: Path) -> None:
         """Write canonical JSON, atomically."""
@@ -274,9 +276,7 @@ def read_report(path: Path) -> Report:
     except FileNotFoundError as error:
         raise InputError(f"no report at {path}; run qdit-export or qdit-validate first") from error
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(
-            f"{path} is not a report of schema version {SCHEMA_VERSION}: {key}: {first['msg']}; "
+            f"{path} is not a report of schema version {SCHEMA_VERSION}: {first_problem(error)}; "
             "export the model again"
         ) from error
