@@ -23,11 +23,14 @@ ExecutorKind = Literal["serial", "processes", "ray"]
 
 
 class Executor(Protocol):
-    """Evaluates plans. `close` ends the workers; an executor is not used after it."""
+    """Evaluates plans. `close` ends the workers; an executor is not used after it.
+
+    Workers are made for the first plan: where every fitness is stored already, nothing is built.
+    """
 
     @property
     def workers(self) -> int:
-        """How many candidates are evaluated at a time."""
+        """How many candidates are evaluated at a time, once there are workers."""
 
     def evaluate(
         self, plans: Sequence[QuantizationPlan]
@@ -38,7 +41,7 @@ class Executor(Protocol):
 
 
 def make_executor(
-    kind: ExecutorKind | str,  # one of the former: the check below is for callers without types
+    kind: ExecutorKind,
     payload: EvaluatorPayload,
     *,
     device: torch.device | str = "cpu",
@@ -62,7 +65,7 @@ def make_executor(
     if kind == "serial":
         from .serial import SerialExecutor
 
-        return SerialExecutor(payload.build(device))
+        return SerialExecutor(lambda: payload.build(device))
     if kind == "processes":
         from .processes import ProcessExecutor
 
@@ -77,7 +80,7 @@ def process_devices(device: torch.device | str, workers: int | None = None) -> t
     wanted = torch.device(device)
     if workers is not None and workers < 1:
         raise InputError(f"the number of workers must be at least 1, got {workers}")
-    if wanted.type == "cuda" and wanted.index is None:
+    if str(wanted) == "cuda":
         gpus = torch.cuda.device_count()
         if gpus == 0:
             raise InputError("no CUDA device is visible; use --device cpu")

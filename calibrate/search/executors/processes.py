@@ -46,13 +46,12 @@ class ProcessExecutor:
         self._context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         self._alive: dict[int, _Worker] = {}
         self._started = 0
+        self._devices = tuple(devices)
         self.deaths = 0
-        for device in devices:
-            self._start(device)
 
     @property
     def workers(self) -> int:
-        return len(self._alive)
+        return len(self._devices)
 
     @property
     def processes(self) -> Mapping[int, int]:
@@ -62,6 +61,9 @@ class ProcessExecutor:
     def evaluate(
         self, plans: Sequence[QuantizationPlan]
     ) -> Iterator[tuple[QuantizationPlan, Outcome]]:
+        if not self._alive:
+            for device in self._devices:
+                self._start(device)
         return dispatch(plans, self)
 
     def close(self) -> None:

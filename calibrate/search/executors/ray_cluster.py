@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # How long a whole search waits for a cluster that gives it no place for a single actor.
 _SECONDS_FOR_A_PLACE = 600.0
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 _SMALLEST_STORE = 100 << 20  # bytes; Ray itself refuses less than 75 MiB
 
 
@@ -48,21 +49,17 @@ class RayExecutor:
         if workers is not None and workers < 1:
             raise InputError(f"the number of workers must be at least 1, got {workers}")
         self._ray = _import_ray()
-        self._owns_connection = not self._ray.is_initialized()
-        if self._owns_connection:
-            _connect(self._ray, payload, address, workers)
+        self._payload = payload
+        self._most = workers
+        self._connected = False  # by this executor, which then disconnects
         self.deaths = 0
         self._alive: dict[int, _Worker] = {}
         self._started = 0
-        try:
-            self._payload = self._ray.put(payload)
-            resources, count = _places(self._ray.cluster_resources(), payload.threads, workers)
-            self._actor_class = self._ray.remote(**resources, max_restarts=0)(_Actor)
-            for _ in range(count):
-                self._start()
-        except BaseException:
-            self.close()
-            raise
+        self._actor_class: Any = None
+        self._shipped: Any = None
+        if address is not None and not self._ray.is_initialized():
+            _connect(self._ray, address)  # now, so that a wrong address is told at once
+            self._connected = True
 
     @property
     def workers(self) -> int:
@@ -76,6 +73,8 @@ class RayExecutor:
     def evaluate(
         self, plans: Sequence[QuantizationPlan]
     ) -> Iterator[tuple[QuantizationPlan, Outcome]]:
+        if not self._alive:
+            self._start_all()
         return dispatch(plans, self)
 
     def close(self) -> None:
@@ -83,8 +82,9 @@ class RayExecutor:
         for worker in self._alive.values():
             self._ray.kill(worker.actor)
         self._alive.clear()
-        if self._owns_connection:
+        if self._connected:
             self._ray.shutdown()
+            self._connected = False
 
     def idle(self) -> Sequence[int]:
         return [n for n, worker in self._alive.items() if worker.ready and worker.task is None]
@@ -121,8 +121,19 @@ class RayExecutor:
         worker.ready, worker.process = True, value
         return Ready(number)
 
+    def _start_all(self) -> None:
+        if not self._ray.is_initialized():
+            _start_cluster(self._ray, self._payload, self._most)
+            self._connected = True
+        threads = self._payload.threads
+        resources, count = _places(self._ray.cluster_resources(), threads, self._most)
+        self._shipped = self._ray.put(self._payload)
+        self._actor_class = self._ray.remote(**resources, max_restarts=0)(_Actor)
+        for _ in range(count):
+            self._start()
+
     def _start(self) -> None:
-        actor = self._actor_class.remote(self._payload)
+        actor = self._actor_class.remote(self._shipped)
         self._alive[self._started] = _Worker(actor, actor.start.remote())
         self._started += 1
 
@@ -166,20 +177,20 @@ def _import_ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, payload: EvaluatorPayload, address: str | None, workers: int | None) -> None:
-    """Connect to `address`, or start a small cluster on this machine."""
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        ray.init(
-            address="local",
-            num_cpus=None if workers is None else workers * payload.threads,
-            object_store_memory=_SMALLEST_STORE + 2 * payload.byte_size,
-            include_dashboard=False,
-            **quiet,
-        )
-        return
+def _start_cluster(ray: Any, payload: EvaluatorPayload, workers: int | None) -> None:
+    """A small cluster on this machine, without a dashboard."""
+    ray.init(
+        address="local",
+        num_cpus=None if workers is None else workers * payload.threads,
+        object_store_memory=_SMALLEST_STORE + 2 * payload.byte_size,
+        include_dashboard=False,
+        **_QUIET,
+    )
+
+
+def _connect(ray: Any, address: str) -> None:
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, **_QUIET)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
             f"no Ray cluster answers at {address}: {describe(error)}; check --ray-address"

@@ -11,24 +11,26 @@ Evaluate = Callable[[QuantizationPlan], Fitness]
 
 
 class SerialExecutor:
-    """Runs an evaluator as it is. A candidate that raises is tried once more, then reported."""
+    """Runs one evaluator. A candidate that raises is tried once more, then reported."""
 
     workers = 1
 
-    def __init__(self, evaluator: Evaluate) -> None:
-        self._evaluator = evaluator
+    def __init__(self, build: Callable[[], Evaluate]) -> None:
+        self._build = build
+        self._evaluator: Evaluate | None = None
 
     def evaluate(
         self, plans: Sequence[QuantizationPlan]
     ) -> Iterator[tuple[QuantizationPlan, Outcome]]:
         for plan in plans:
-            outcome = attempt(self._evaluator, plan)
+            evaluator = self._evaluator = self._evaluator or self._build()
+            outcome = attempt(evaluator, plan)
             if isinstance(outcome, CandidateFailure):
-                outcome = attempt(self._evaluator, plan)
+                outcome = attempt(evaluator, plan)
             yield plan, outcome
 
     def close(self) -> None:
-        return None
+        self._evaluator = None  # and with it the model and the cache
 
 
 def attempt(evaluator: Evaluate, plan: QuantizationPlan) -> Outcome:

@@ -84,8 +84,8 @@ class TestWorkers:
     def test_they_give_what_one_process_gives(
         self, tiny: Any, executor: Any, expected: Results
     ) -> None:
-        assert executor.workers == 2
         assert results(executor.evaluate(tiny.plans(PLANS))) == expected
+        assert executor.workers == 2
 
     def test_a_worker_killed_at_work_costs_nothing_but_its_attempt(
         self, tiny: Any, executor: Any, expected: Results
@@ -143,6 +143,13 @@ def test_without_ray_the_message_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without_ray)
     with pytest.raises(InputError, match=r"pip install qdit\[cluster\]"):
         make_executor("ray", tiny.payload)
+
+
+@pytest.mark.parametrize("kind", ["serial", "processes", "ray"])
+def test_nothing_is_built_before_the_first_plan(tiny: Any, kind: Any) -> None:
+    unbuildable = replace(tiny.payload, features_file=b"not a network")
+    with closing(make_executor(kind, unbuildable, workers=1)) as executor:
+        assert not getattr(executor, "processes", {})
 
 
 def test_unknown_executors_and_numbers_are_refused(tiny: Any) -> None:
