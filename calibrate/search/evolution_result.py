@@ -77,8 +77,9 @@ class Candidate:
 
     @property
     def fid(self) -> float:
-        """Infinite for a failure."""
-        return self.outcome.fid if isinstance(self.outcome, Fitness) else math.inf
+        """Infinite for a failure and where no FID was computed."""
+        known = self.outcome.fid if isinstance(self.outcome, Fitness) else None
+        return math.inf if known is None else known
 
     @property
     def rank(self) -> tuple[float, bool, Genome]:

@@ -61,14 +61,15 @@ def paper_settings(seed: int = 0, batch_size: int = 50) -> FitnessSettings:
 
 @dataclass(frozen=True)
 class Fitness:
-    """FID (lower is better; infinite for images that are not finite) and how it was come by.
+    """FID (lower is better; infinite for images that are not finite, None without a feature
+    network) and how it was come by.
 
     psnr_db: 10 log10(2² / mean squared error) against the full-precision model's images from the
     same noise; None where that is infinite, undefined or was not asked for.
     seconds: wall time of the evaluation, which no comparison of results looks at.
     """
 
-    fid: float
+    fid: float | None
     psnr_db: float | None
     seconds: float = field(compare=False)
 
@@ -97,7 +98,8 @@ class Switchable(Protocol):
 class Evaluator:
     """Plan → `Fitness`. The full-precision images are made once, at construction.
 
-    `device` is where the denoiser's inputs go. Raises `InputError` at construction if the feature
+    `device` is where the denoiser's inputs go. Without an extractor and a reference no FID is
+    computed. Raises `InputError` at construction if the feature
     network, the reference and the model do not go together, or if the model's own images are not
     finite: nothing of that is a candidate's fault.
     """
@@ -106,8 +108,8 @@ class Evaluator:
         self,
         model: DiffusionModel,
         candidate: Switchable,
-        extractor: FeatureExtractor,
-        reference: Statistics,
+        extractor: FeatureExtractor | None,
+        reference: Statistics | None,
         settings: FitnessSettings,
         *,
         device: torch.device | str,
@@ -135,7 +137,7 @@ class Evaluator:
         self._candidate.reset()
         kept: list[Tensor] = []
         self.full_precision = self._measure([], keep=kept)
-        if not math.isfinite(self.full_precision.fid):
+        if self.full_precision.fid == math.inf:
             raise InputError(
                 f"the full-precision images of {self._model.name} must be finite, got NaN or "
                 "infinity; check the model and its scheduler"
@@ -150,18 +152,22 @@ class Evaluator:
         for number, images in enumerate(self._batches()):
             if not torch.isfinite(images).all():
                 return Fitness(math.inf, None, time.perf_counter() - started)
-            features.append(self._extractor(images))
+            if self._extractor is not None:
+                features.append(self._extractor(images))
             if full:
                 squared_error += float(
                     (images - full[number]).double().square().mean((1, 2, 3)).sum()
                 )
             if keep is not None:
                 keep.append(images)
-        fid = self._fid(np.concatenate(features))
+        fid = self._fid(features)
         error = squared_error / self.settings.samples if full else None
         return Fitness(fid, _psnr(error), time.perf_counter() - started)
 
-    def _fid(self, features: Array) -> float:
+    def _fid(self, batches: list[Array]) -> float | None:
+        if self._reference is None or not batches:
+            return None
+        features = np.concatenate(batches)
         if not np.isfinite(features).all():
             return math.inf
         return frechet_distance(statistics(features), self._reference)

@@ -1,39 +1,59 @@
-"""How much each linear's group sizes cost at the denoiser's output.
+"""How much each linear's group sizes cost in the finished images.
 
-One linear at a time is quantized, one side at a time, in a network otherwise at full precision; the
-error is that of the predicted noise after all remaining blocks, so it holds what the rest of the
-network amplifies or forgets. The choice (weight group, activation group) of a linear costs the sum
-of its two sides, and a plan the sum over its linears: independent small errors add up in squares.
+One linear at a time is quantized, one side at a time, in a denoiser otherwise at full precision; a
+few images are sampled with it, and the error is their mean squared distance from the
+full-precision images of the same noise: what the rest of the network and the rest of the sampler
+make of it. One group size a side is measured this way; the others follow in proportion to the
+error at the linear's own output (`local_errors.py`). A plan's error is the sum over linears and
+sides: errors of different layers are independent, so their squares add up.
 
-Each calibration sample's squared error is weighted by what an error at its timestep is worth in
-the finished image (`gains.py`), so a plan's sum estimates the images' mean squared error.
+Why whole trajectories: a quantized weight errs in nearly the same direction at every step, and
+these errors add up in amplitude. On the demo the squared errors of single denoiser calls, weighted
+by what each step is worth, predict images 10 dB too good and rank the layers wrongly; the sum over
+trajectories is within 0.3 dB (docs/performance.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ...files import sha256_of_json, write_json
 from ...progress import Progress, Silent
-from ..carried import CarriedInputs
-from ..families.base import BlockInputs
 from ..hessian import exact_float32
+from ..sampling import SamplingSettings, sample_images
 from ..schemes import ActivationGroup, LayerScheme, WeightGroup
-from ..trajectories import CalibrationSet
+from .local_errors import activation_schemes
 from .space import SearchSpace
 from .switchable import CandidateDenoiser
 
 _SILENT = Silent()
+_MEASURED_AT = 128  # the group size nearest this one is measured
+Side = Literal["weight", "activation"]
+
+
+@dataclass(frozen=True)
+class SensitivitySettings:
+    """The images behind every measurement, all from the same noise."""
+
+    sampling: SamplingSettings
+    images: int
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise InputError(f"sensitivity needs at least 1 image, got {self.images}")
 
 
 @dataclass(frozen=True)
 class ErrorTable:
-    """Weighted mean squared output errors, by linear name and group of either side."""
+    """Mean squared image errors (values in [-1, 1]) by linear name and group of either side."""
 
     weight: Mapping[str, Mapping[WeightGroup, float]]
     activation: Mapping[str, Mapping[ActivationGroup, float]]
@@ -54,136 +74,135 @@ class ErrorTable:
             for name, choices in space.choices.items()
         }
 
-    def to_json(self) -> dict[str, Any]:
-        sides: dict[str, Mapping[str, Mapping[Any, float]]] = {
-            "weight": self.weight,
-            "activation": self.activation,
-        }
-        return {
-            side: {name: {str(g): e for g, e in groups.items()} for name, groups in table.items()}
-            for side, table in sides.items()
-        }
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> ErrorTable:
-        """The inverse of `to_json`."""
-        read = {
-            side: {
-                name: {int(g) if g.isdigit() else g: float(e) for g, e in groups.items()}
-                for name, groups in value[side].items()
-            }
-            for side in ("weight", "activation")
-        }
-        return cls(read["weight"], read["activation"])
-
 
 def measure_sensitivity(
     candidate: CandidateDenoiser,
     space: SearchSpace,
-    samples: CalibrationSet,
-    weights: Tensor,
+    weight_shapes: Mapping[str, Mapping[WeightGroup, float]],
+    activation_shapes: Mapping[str, Mapping[ActivationGroup, float]],
+    settings: SensitivitySettings,
     *,
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     progress: Progress = _SILENT,
+    folder: Path | None = None,
 ) -> ErrorTable:
-    """Measure every linear and group of `space` once on `samples`, with `weights` float [S] a
-    sample. Leaves the candidate in full precision. Raises `InputError` for other weights."""
-    if weights.shape != (len(samples),):
-        raise InputError(
-            f"sensitivity needs one weight a sample, got {list(weights.shape)} for {len(samples)}"
-        )
-    candidate.reset()
-    run = _Measurement(candidate, space, batch_size, torch.device(device))
-    with torch.inference_mode(), exact_float32():
-        return run.table(samples, weights.to(device), progress)
+    """Measure each linear and side of `space` once; leaves the candidate in full precision.
+
+    The shapes are `local_errors.weight_shapes` and `.activation_shapes`. With `folder`, finished
+    measurements are kept there and taken over by a run of the same cache and settings.
+    """
+    run = _Measurement(candidate, settings, batch_size, device)
+    measured = _read(folder, candidate, settings)
+    todo = list(_measurements(space))
+    with exact_float32():
+        for name, side, scheme in progress.track(todo, "sensitivity of each linear", len(todo)):
+            key = f"{name}|{side}|{_group(side, scheme)}"
+            if key not in measured:
+                measured[key] = run.error(name, side, scheme)
+                _write(folder, candidate, settings, measured)
+    table: dict[Side, dict[str, dict[Any, float]]] = {"weight": {}, "activation": {}}
+    shapes: dict[Side, Mapping[str, Mapping[Any, float]]] = {
+        "weight": weight_shapes,
+        "activation": activation_shapes,
+    }
+    for name, side, scheme in todo:
+        group = _group(side, scheme)
+        shape = shapes[side][name]
+        level = measured[f"{name}|{side}|{group}"] / max(shape[group], 1e-300)
+        table[side][name] = {other: level * value for other, value in shape.items()}
+    return ErrorTable(table["weight"], table["activation"])
 
 
 class _Measurement:
-    """One run of `measure_sensitivity`."""
+    """Image errors of a candidate with a single linear quantized."""
 
     def __init__(
         self,
         candidate: CandidateDenoiser,
-        space: SearchSpace,
+        settings: SensitivitySettings,
         batch_size: int,
-        device: torch.device,
+        device: torch.device | str,
     ) -> None:
         self._candidate = candidate
-        self._space = space
+        self._settings = settings
         self._batch_size = batch_size
         self._device = device
-        self._model = candidate.model
-        self._denoiser = candidate.denoiser
-        self._blocks = self._model.family.blocks(candidate.denoiser)
+        self._expected: Tensor | None = None
 
-    def table(self, samples: CalibrationSet, weights: Tensor, progress: Progress) -> ErrorTable:
-        model = self._model
-        carried = CarriedInputs(model, samples, self._batch_size, self._device)
-        expected = [self._noise(inputs, 0) for inputs in carried]
-        parts = weights.split(self._batch_size)
-        table = ErrorTable({}, {})
-        count = sum(len(list(_switches(self._space, number))) for number in self._numbers())
-        done = progress.track(range(count), "sensitivity of each linear and group", count)
-        for number, block in enumerate(self._blocks):
-            for name, side, group, switch in _switches(self._space, number):
-                switch(self._candidate)
-                error = sum(
-                    self._error(inputs, number, noise, part)
-                    for inputs, noise, part in zip(carried, expected, parts, strict=True)
-                )
-                self._candidate.linears[name].use(None, None)
-                entries: Any = getattr(table, side)
-                entries.setdefault(name, {})[group] = float(error)
-                next(done)
-            if number + 1 < len(self._blocks):
-                for batch, inputs in enumerate(carried):
-                    carried.replace(batch, model.family.run_block(block, inputs))
-        for _ in done:  # lets the progress bar end
-            pass
-        return table
+    def error(self, name: str, side: Side, scheme: LayerScheme) -> float:
+        if self._expected is None:
+            self._candidate.reset()
+            self._expected = self._images()
+        linear = self._candidate.linears[name]
+        if side == "weight":
+            linear.use(scheme.weight_group, None)
+        else:
+            linear.use(None, scheme)
+        images = self._images()
+        linear.use(None, None)
+        return (images - self._expected).square().mean().item()
 
-    def _numbers(self) -> range:
-        return range(len(self._blocks))
-
-    def _error(self, inputs: BlockInputs, block: int, expected: Tensor, weights: Tensor) -> Tensor:
-        difference = (self._noise(inputs, block) - expected).double()
-        return (difference.square().flatten(1).mean(1) * weights).sum()
-
-    def _noise(self, inputs: BlockInputs, first: int) -> Tensor:
-        """The predicted noise [B, C, H, W] from the inputs of block `first` on."""
-        family = self._model.family
-        for block in list(self._blocks)[first:]:
-            inputs = BlockInputs(family.run_block(block, inputs), inputs.shared)
-        return family.noise_prediction(self._denoiser, family.after_blocks(self._denoiser, inputs))
+    def _images(self) -> Tensor:
+        """Latents or pixels, float64, clamped as pixels are where there is no VAE."""
+        model = self._candidate.model
+        samples = sample_images(
+            model,
+            model.as_denoiser(self._candidate.module),
+            self._settings.sampling,
+            range(self._settings.images),
+            batch_size=self._batch_size,
+            device=self._device,
+        ).double()
+        return samples if model.vae is not None else samples.clamp(-1, 1)
 
 
-def _switches(
-    space: SearchSpace, block: int
-) -> Iterable[tuple[str, str, WeightGroup | ActivationGroup, Callable[[CandidateDenoiser], None]]]:
-    """(linear, side, group, what turns it on) for everything to measure in one block."""
+def _measurements(space: SearchSpace) -> Iterator[tuple[str, Side, LayerScheme]]:
+    """(linear, side, scheme with the group to measure) for everything there is to measure."""
     for spec in space.linears:
-        if spec.block != block:
-            continue
-        for weight_group in space.weight_groups(spec.name):
-            yield spec.name, "weight", weight_group, _weight_switch(spec.name, weight_group)
-        for scheme in _activation_schemes(space, spec.name):
-            group = scheme.activation_group
-            yield spec.name, "activation", group, _activation_switch(spec.name, scheme)
+        k = spec.in_features
+        sides = [scheme for scheme in space.choices[spec.name] if scheme.quantizes_weights]
+        if sides:
+            nearest = min(sides, key=lambda s: abs(s.weight_group_size(k) - _MEASURED_AT))
+            yield spec.name, "weight", nearest
+        inputs = activation_schemes(space, spec.name)
+        if inputs:
+            nearest = min(inputs, key=lambda s: abs(s.activation_group_size(k) - _MEASURED_AT))
+            yield spec.name, "activation", nearest
 
 
-def _weight_switch(name: str, group: WeightGroup) -> Callable[[CandidateDenoiser], None]:
-    return lambda candidate: candidate.linears[name].use(group, None)
+def _group(side: Side, scheme: LayerScheme) -> WeightGroup | ActivationGroup:
+    return scheme.weight_group if side == "weight" else scheme.activation_group
 
 
-def _activation_switch(name: str, scheme: LayerScheme) -> Callable[[CandidateDenoiser], None]:
-    return lambda candidate: candidate.linears[name].use(None, scheme)
+def _key(candidate: CandidateDenoiser, settings: SensitivitySettings) -> str:
+    return sha256_of_json({"cache": candidate.digest, "settings": asdict(settings)})
 
 
-def _activation_schemes(space: SearchSpace, name: str) -> list[LayerScheme]:
-    """One scheme for each activation group of a linear."""
-    found: dict[ActivationGroup, LayerScheme] = {}
-    for scheme in space.choices[name]:
-        if scheme.quantizes_activations:
-            found.setdefault(scheme.activation_group, scheme)
-    return list(found.values())
+def _read(
+    folder: Path | None, candidate: CandidateDenoiser, settings: SensitivitySettings
+) -> dict[str, float]:
+    """Measurements that an earlier run left; none where they are another's or unreadable."""
+    if folder is None:
+        return {}
+    try:
+        kept = json.loads((folder / _KEPT).read_text(encoding="utf-8"))
+        if kept["key"] != _key(candidate, settings):
+            return {}
+        return {str(name): float(value) for name, value in kept["errors"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(
+    folder: Path | None,
+    candidate: CandidateDenoiser,
+    settings: SensitivitySettings,
+    measured: Mapping[str, float],
+) -> None:
+    if folder is not None:
+        value = {"key": _key(candidate, settings), "errors": dict(measured)}
+        write_json(folder / _KEPT, value)
+
+
+_KEPT = "sensitivity.json"

@@ -6,7 +6,8 @@
 
 1. The key is a digest of all that a fitness follows from but the plan (`EvaluatorPayload.key`), so
    that candidates of other models, settings or caches are never taken for one's own.
-2. An infinite FID (images that are not finite) is null: JSON has no infinity.
+2. An infinite FID (images that are not finite) is "infinite", as JSON has no infinity; one that
+   was not computed is null.
 3. A file that cannot be read, or that does not say what its name says, counts as absent and is
    written anew. Failures are not stored: the next run tries such a candidate again.
 """
@@ -24,6 +25,7 @@ from ..strict_json import parse_json_object
 from .fitness import Fitness
 
 STORE_VERSION = 1
+_INFINITE = "infinite"
 _KEYS = {"version", "plan", "fid", "psnr_db", "seconds"}
 _FOLDER_DIGITS = 32
 
@@ -49,7 +51,7 @@ class CandidateStore:
         value = {
             "version": STORE_VERSION,
             "plan": digest,
-            "fid": fitness.fid if math.isfinite(fitness.fid) else None,
+            "fid": _INFINITE if fitness.fid == math.inf else fitness.fid,
             "psnr_db": fitness.psnr_db,
             "seconds": fitness.seconds,
         }
@@ -65,7 +67,9 @@ class CandidateStore:
 def _fitness(value: dict[str, Any], digest: str) -> Fitness:
     if set(value) != _KEYS or value["version"] != STORE_VERSION or value["plan"] != digest:
         raise ValueError("not the file of this plan")
-    fid = math.inf if value["fid"] is None else _number(value["fid"], low=0.0)
+    fid = value["fid"]
+    if fid is not None:
+        fid = math.inf if fid == _INFINITE else _number(fid, low=0.0)
     psnr_db = None if value["psnr_db"] is None else _number(value["psnr_db"])
     return Fitness(fid, psnr_db, _number(value["seconds"], low=0.0))
 

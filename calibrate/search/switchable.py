@@ -68,6 +68,7 @@ class CandidateDenoiser:
         fast: bool = False,
     ) -> None:
         self.model = model
+        self.digest = cache.digest
         model.denoiser.to(device)
         memo: dict[int, Any] = {id(own): own for own in model.denoiser.parameters()}
         denoiser = copy.deepcopy(model.denoiser, memo)

@@ -8,7 +8,7 @@ layers are; the plan that a search finds goes through GPTQ proper afterwards.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...files import sha256_of_json
 from ...progress import Progress, Silent
 from ..block_statistics import SharedInput, collect_hessians, shared_inputs
-from ..block_store import BlockResult, BlockStore
+from ..block_store import BlockResult, BlockStore, LayerError
 from ..blockwise import Method, layer_error, split_rows
 from ..carried import CarriedInputs
 from ..column_loop import ColumnLoops
@@ -38,11 +38,15 @@ _SILENT = Silent()
 
 @dataclass(frozen=True)
 class WeightCache:
-    """Quantized weights, on the CPU, by linear name and weight group. `digest` names what made
-    them: model, space, method and calibration set. Linears left at 16 bits have no entry."""
+    """Quantized weights, on the CPU, by linear name and weight group, and each one's errors.
+
+    `digest` names what made them: model, space, method and calibration set. Linears left at 16
+    bits have no entry. Workers, who only run the weights, get no `errors`.
+    """
 
     weights: Mapping[str, Mapping[WeightGroup, QuantizedWeight]]
     digest: str
+    errors: Mapping[str, Mapping[WeightGroup, LayerError]] = field(default_factory=dict)
 
     @property
     def byte_size(self) -> int:
@@ -69,7 +73,8 @@ def build_weight_cache(
     """Quantize every linear of `space` with each of its weight groups; the model is not changed.
 
     The denoiser moves to `device`. Each block runs once per batch for its Hessians and once for
-    the next block's inputs. With `folder`, finished blocks are kept there and taken over.
+    the next block's inputs; 'mse' and 'nearest' use the calibration set for the output errors only
+    and can do without. With `folder`, finished blocks are kept there and taken over.
     Raises `InputError` for 'gptq' without a calibration set.
     """
     if method == "gptq" and calibration is None:
@@ -80,14 +85,16 @@ def build_weight_cache(
     model.denoiser.to(device)
     builder = _Builder(model, space, method, settings, progress)
     with torch.no_grad(), exact_float32():
-        used = calibration if method == "gptq" else None
-        results = list(builder.run(used, batch_size, torch.device(device), store))
+        results = list(builder.run(calibration, batch_size, torch.device(device), store))
     weights: dict[str, dict[WeightGroup, QuantizedWeight]] = {}
+    errors: dict[str, dict[WeightGroup, LayerError]] = {}
     for result in results:
         for label, weight in result.weights.items():
-            name, _, group = label.rpartition("@")
-            weights.setdefault(name, {})[int(group) if group.isdigit() else "channel"] = weight
-    return WeightCache(weights, key)
+            name, _, size = label.rpartition("@")
+            group: WeightGroup = int(size) if size.isdigit() else "channel"
+            weights.setdefault(name, {})[group] = weight
+            errors.setdefault(name, {})[group] = result.errors[label]
+    return WeightCache(weights, key, errors)
 
 
 def _key(
@@ -106,7 +113,7 @@ def _key(
             },
             "method": method,
             "settings": asdict(settings),
-            "calibration": calibration.digest if calibration and method == "gptq" else None,
+            "calibration": None if calibration is None else calibration.digest,
             "source": asdict(model.source),
         }
     )
