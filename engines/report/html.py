@@ -14,6 +14,8 @@ from . import numbers
 from .grid import DIFFERENCE_GAIN, Pixels, Samples, encode
 from .plots import MOST_LABELLED_BLOCKS, all_plots, layer_errors
 from .schema import CheckEntry, Report
+from .search_plots import search_plots
+from .search_text import front_note, plan_table, sentences
 
 _TEMPLATE = "report.html.j2"
 _STYLE = "report.css"
@@ -64,7 +66,7 @@ def render(report: Report, samples: Samples | None) -> str:
         style=Markup(folder.joinpath(_STYLE).read_text(encoding="utf-8")),
         plots={
             name: {"wide": Markup(p.wide), "narrow": Markup(p.narrow), "alt": p.alt}
-            for name, p in all_plots(report).items()
+            for name, p in (all_plots(report) | search_plots(report)).items()
         },
         tiles=tiles(report),
         rows=[] if samples is None else sample_rows(samples, report.plan.bits),
@@ -73,6 +75,9 @@ def render(report: Report, samples: Samples | None) -> str:
         check_figures={check.name: _check_figures(check) for check in report.parity.checks},
         command=re.split(r" (?=--)", report.command),
         fid_note=_fid_note(report),
+        search_sentences=[] if report.search is None else sentences(report, report.search),
+        search_note="" if report.search is None else front_note(report.search),
+        search_table=None if report.search is None else plan_table(report.search),
         layers_note=_layers_note(report),
         tall_layers=len({layer.block for layer in report.plan.layers}) > MOST_LABELLED_BLOCKS,
         machine=_machine_rows(report),

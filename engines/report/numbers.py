@@ -35,8 +35,12 @@ def scientific(value: float) -> str:
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.1e}".split("e")
-    power = str(int(exponent)).translate(_SUPERSCRIPT)
-    return f"{mantissa.replace('-', '−')}{_SPACE}×{_SPACE}10{power}"
+    return f"{mantissa.replace('-', '−')}{_SPACE}×{_SPACE}10{superscript(int(exponent))}"
+
+
+def superscript(exponent: int) -> str:
+    """-7 → '⁻⁷'."""
+    return str(exponent).translate(_SUPERSCRIPT)
 
 
 def plain(value: float | None, digits: int = 3) -> str:

@@ -43,7 +43,7 @@ def timestep_plot(report: Report) -> Picture | None:
         _pair_lines(axes, [entry.timestep for entry in entries], entries)
         axes.invert_xaxis()
         axes.set_xlabel("timestep (noise → image)")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     return picture("timesteps", alt, 290, draw)
 
@@ -60,7 +60,7 @@ def block_plot(report: Report) -> Picture | None:
         _pair_lines(axes, [entry.block for entry in entries], entries)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("block")
-        _legend(figure, axes)
+        legend(figure, axes)
 
     return picture("blocks", alt, 290, draw)
 
@@ -96,8 +96,8 @@ def size_plot(report: Report) -> Picture:
         axes.margins(x=0.2)
         axes.set_xlim(left=0)
         names = {"linears": "quantized linears", "scales": "scales", "rest": "everything else"}
-        handles = [_swatch(_PART_COLORS[part]) for part in names]
-        _legend(figure, axes, handles, list(names.values()), columns=1 if narrow else 3)
+        handles = [swatch(_PART_COLORS[part]) for part in names]
+        legend(figure, axes, handles, list(names.values()), columns=1 if narrow else 3)
 
     return picture("sizes", alt, 200, draw)
 
@@ -135,7 +135,7 @@ def layer_errors(report: Report) -> tuple[str, dict[tuple[int, str], float]]:
     layers = report.plan.layers
     kind = "output" if any(layer.output_error is not None for layer in layers) else "weight"
     found = {
-        (layer.block, _short_name(layer.name)): getattr(layer, f"{kind}_error") for layer in layers
+        (layer.block, short_name(layer.name)): getattr(layer, f"{kind}_error") for layer in layers
     }
     return kind, {key: value for key, value in found.items() if value is not None}
 
@@ -217,7 +217,7 @@ def _pair_lines(axes: Any, positions: Sequence[float], entries: Sequence[PairEnt
     axes.set_ylabel("relative error")
 
 
-def _legend(
+def legend(
     figure: Any,
     axes: Any,
     handles: list[Any] | None = None,
@@ -239,7 +239,8 @@ def _legend(
         )
 
 
-def _swatch(color: str) -> Any:
+def swatch(color: str | tuple[str, float]) -> Any:
+    """A legend's square of a colour, or of (colour, opacity)."""
     from matplotlib.patches import Patch
 
     return Patch(facecolor=color)
@@ -289,7 +290,7 @@ def _heat_map(
         spine.set_visible(False)
 
 
-def _short_name(name: str) -> str:
+def short_name(name: str) -> str:
     """'transformer_blocks.3.attn1.to_out.0' → 'to_out', 'ff.net.0.proj' → 'mlp in'."""
     tail = name.split(".", 2)[-1]
     known = {"ff.net.0.proj": "mlp in", "ff.net.2": "mlp out", "norm1.linear": "adaLN"}

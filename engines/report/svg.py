@@ -52,8 +52,9 @@ _STYLE = {
     "lines.markersize": 4,
     "axes.unicode_minus": True,
 }
-# Points and CSS pixels are one here: the page shows a figure at about this width.
-WIDE, NARROW = 520, 340
+# Points and CSS pixels are one here: the page shows a figure at about this width. FULL spans both
+# columns of charts.
+WIDE, NARROW, FULL = 520, 340, 1072
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,23 @@ class Picture:
 Draw = Callable[[Any, bool], None]
 
 
-def picture(name: str, alt: str, height: float, draw: Draw) -> Picture:
+def picture(
+    name: str,
+    alt: str,
+    height: float,
+    draw: Draw,
+    *,
+    width: float = WIDE,
+    narrow_height: float | None = None,
+) -> Picture:
     """Draw a figure by `draw(figure, narrow)`, `height` pixels high.
 
+    `width` is that of the wide drawing; `narrow_height` is the phone's, by default `height`.
     Equal figures give equal text: no date in it, and element ids that depend on `name` alone.
     """
     return Picture(
-        _render(f"{name}-wide", WIDE, height, draw, narrow=False),
-        _render(f"{name}-narrow", NARROW, height, draw, narrow=True),
+        _render(f"{name}-wide", width, height, draw, narrow=False),
+        _render(f"{name}-narrow", NARROW, narrow_height or height, draw, narrow=True),
         alt,
     )
 
