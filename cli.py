@@ -102,6 +102,62 @@ Threads = Annotated[
     int | None, typer.Option(help="CPU threads. Default: all cores.", show_default=False)
 ]
 Seed = Annotated[int, typer.Option(help="Seed of noise, labels and calibration.")]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        help="Find each linear's groups: none, sensitivity (measure, then solve) or evolutionary "
+        "(the paper's). Default: none, or sensitivity where --budget or --pareto is given.",
+        show_default=False,
+    ),
+]
+Budget = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND=VALUE",
+        help="What the found plan may cost: effective-bits=4.25, bytes=…, bitops=… or "
+        "latency-ms=…; a VALUE such as g128 is what that uniform plan costs.",
+    ),
+]
+Pareto = Annotated[
+    bool,
+    typer.Option("--pareto", help="Write the whole front, cost against quality, to pareto.json."),
+]
+SearchImages = Annotated[
+    int | None,
+    typer.Option(
+        help="Images that judge a plan. Default: 16 on a CPU, 256 on a GPU; evolutionary 800.",
+        show_default=False,
+    ),
+]
+SearchRefine = Annotated[
+    int | None,
+    typer.Option(
+        help="Best plans to quantize for real and judge by images; 1 takes the first. Default: 3 "
+        "on a CPU, 8 on a GPU; evolutionary 1.",
+        show_default=False,
+    ),
+]
+RefineBy = Annotated[str, typer.Option(help="What judges them: psnr (paired) or fid.")]
+SearchPopulation = Annotated[int, typer.Option(help="Evolutionary: plans a generation.")]
+SearchGenerations = Annotated[int, typer.Option(help="Evolutionary: generations after the first.")]
+SearchWorkers = Annotated[
+    int | None,
+    typer.Option(
+        help="Evolutionary: processes or Ray actors. Default: one a GPU; one on a CPU.",
+        show_default=False,
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        help="Evolutionary: evaluate on this Ray cluster; 'local' starts one here "
+        "(pip install qdit[cluster]).",
+        show_default=False,
+    ),
+]
+LatencyTarget = Annotated[
+    str, typer.Option(help="Target that latency-ms is measured on: qdq or torch.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only errors.")]
 Config = Annotated[
@@ -121,6 +177,8 @@ Examples:
 
   qdit-export DiT-XL-2-256x256.pt --bits w4a8 --fid-features inception-2015-12-05.pt
   --reference VIRTUAL_imagenet256.npz --fid-samples 10000
+
+  qdit-export --bits w4a8 --search sensitivity --budget effective-bits=g128 --pareto
 
   qdit-export --bits w4a8 --dry-run
 
@@ -174,6 +232,17 @@ def _export(
     activation_symmetric: ActivationSymmetric = None,
     scale_dtype: ScaleDtype = "float16",
     plan: Plan = None,
+    search: Search = None,
+    budget: Budget = "effective-bits=g128",
+    pareto: Pareto = False,
+    search_images: SearchImages = None,
+    search_refine: SearchRefine = None,
+    refine_by: RefineBy = "psnr",
+    search_population: SearchPopulation = 50,
+    search_generations: SearchGenerations = 10,
+    search_workers: SearchWorkers = None,
+    ray_address: RayAddress = None,
+    latency_target: LatencyTarget = "qdq",
     weights: Annotated[
         str, typer.Option(help="How weights are rounded: gptq, mse or nearest.")
     ] = "gptq",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from .devices import default_batch_size, resolve_device
 from .full_precision import FullPrecision
 from .options import ExportOptions
 from .proof_job import ProofJob, prove_and_report
+from .report.search_schema import SearchEntry
+from .search.job import SearchJob, find_plan, forget_search, space_of
 from .workspace import Workspace
 
 ONNX_NAME = "model.onnx"
@@ -44,6 +46,7 @@ class Job:
     plan: QuantizationPlan
     workspace: Workspace
     progress: Progress
+    search: SearchEntry | None = None  # how the plan was found
 
     @property
     def output(self) -> Path:
@@ -63,6 +66,7 @@ def default_output(options: ExportOptions, model: DiffusionModel) -> Path:
 def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel, QuantizationPlan]:
     """Load the model, build the plan and refuse what no step later could do."""
     check_opset(options.opset)
+    options.check_search()
     device = resolve_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -94,6 +98,7 @@ def run_export(options: ExportOptions, command: str, progress: Progress) -> bool
         made.workspace,
         made.batch_size,
         progress,
+        search=made.search,
     )
     return prove_and_report(proof, command)
 
@@ -110,6 +115,7 @@ class Exported:
     workspace: Workspace
     device: str
     batch_size: int
+    search: SearchEntry | None = None
 
 
 def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
@@ -118,11 +124,26 @@ def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
     output = options.output or default_output(options, model)
     _check_output(output)
     job = Job(options, model, plan, Workspace(output, options.resume), progress)
+    if options.search_method == "none":
+        forget_search(output)
+    else:
+        job = with_plan_found(job)
     checkpoint = quantize(job)
     path = export_onnx(job, checkpoint)
     if job.workspace.reused:
         progress.say(f"reused finished steps: {', '.join(job.workspace.reused)}")
-    return Exported(checkpoint, path, job.workspace, str(model.device), job.batch_size)
+    return Exported(checkpoint, path, job.workspace, str(model.device), job.batch_size, job.search)
+
+
+def with_plan_found(job: Job) -> Job:
+    """The job with the plan of its search."""
+    space_of(job.options, job.model)  # what cannot be searched is refused before calibration
+    calibration = _calibration_set(job, _calibrate(job))
+    search = SearchJob(
+        job.options, job.model, job.plan, job.workspace, job.batch_size, job.progress
+    )
+    plan, entry = find_plan(search, calibration)
+    return replace(job, plan=plan, search=entry)
 
 
 def quantize(job: Job) -> QuantizedCheckpoint:

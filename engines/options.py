@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 WeightMethod = Literal["gptq", "mse", "nearest"]
 ComputeDtype = Literal["float32", "float16"]
+SearchMethod = Literal["none", "sensitivity", "evolutionary"]
 
 
 class Options(BaseModel):
@@ -116,7 +117,63 @@ class ProofOptions(Options):
         )
 
 
-class ExportOptions(SchemeOptions, ProofOptions):
+class SearchOptions(Options):
+    """The flags of the granularity search. `search` None means 'sensitivity' where a budget or a
+    front is asked for, and 'none' elsewhere."""
+
+    search: SearchMethod | None = None
+    budget: str = "effective-bits=g128"
+    pareto: bool = False
+    search_images: int | None = Field(None, ge=1, le=1_000_000)
+    search_refine: int | None = Field(None, ge=1, le=1000)
+    refine_by: Literal["psnr", "fid"] = "psnr"
+    search_population: int = Field(50, ge=2, le=10_000)
+    search_generations: int = Field(10, ge=0, le=10_000)
+    search_workers: int | None = Field(None, ge=1, le=4096)
+    ray_address: str | None = None
+    latency_target: Literal["qdq", "torch"] = "qdq"
+
+    @property
+    def search_method(self) -> SearchMethod:
+        if self.search is not None:
+            return self.search
+        return "sensitivity" if {"budget", "pareto"} & self.model_fields_set else "none"
+
+    def check_search(self) -> None:
+        """Raise `InputError` for flags that the chosen method would not read."""
+        from ..calibrate.search.budget import parse_budget
+
+        parse_budget(self.budget)
+        method = self.search_method
+        for name in _READ_BY:
+            if name in self.model_fields_set and method not in _READ_BY[name]:
+                flag = name.replace("_", "-")
+                raise InputError(
+                    f"--{flag} is read by --search {' or '.join(_READ_BY[name])}, got --search "
+                    f"{method}; change one of them"
+                )
+        if method != "none" and self.model_fields_set & {"plan"}:
+            raise InputError(
+                f"a plan is either given or searched for, got --plan and --search {method}; "
+                "leave one of them out"
+            )
+
+
+_READ_BY: dict[str, tuple[SearchMethod, ...]] = {
+    "budget": ("sensitivity", "evolutionary"),
+    "pareto": ("sensitivity",),
+    "search_images": ("sensitivity", "evolutionary"),
+    "search_refine": ("sensitivity", "evolutionary"),
+    "refine_by": ("sensitivity", "evolutionary"),
+    "search_population": ("evolutionary",),
+    "search_generations": ("evolutionary",),
+    "search_workers": ("evolutionary",),
+    "ray_address": ("evolutionary",),
+    "latency_target": ("sensitivity", "evolutionary"),
+}
+
+
+class ExportOptions(SchemeOptions, ProofOptions, SearchOptions):
     """Everything `qdit-export` takes."""
 
     model: str | None = None

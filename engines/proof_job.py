@@ -9,13 +9,12 @@ from pathlib import Path
 
 from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.families.base import Denoiser
-from ..calibrate.features import FeatureExtractor, load_features
-from ..calibrate.fid import FidDifference, Statistics, fid_difference, read_reference
+from ..calibrate.fid import FidDifference, fid_difference
 from ..calibrate.model import DiffusionModel
-from ..errors import InputError
 from ..files import sha256_of_file, write_json
 from ..progress import Progress
 from .estimate import choose_fid_samples, measure_forward
+from .fid_files import FidFiles, load_fid_files
 from .full_precision import FullPrecision
 from .gate import Gate, Limits, judge
 from .machine import describe_machine
@@ -70,20 +69,9 @@ class ProofJob:
         )
 
 
-@dataclass(frozen=True)
-class FidFiles:
-    """The feature network and reference statistics in use, or why there are none."""
-
-    extractor: FeatureExtractor | None
-    reference: Statistics | None
-    features_path: Path | None
-    reference_path: Path | None
-    missing: str
-
-
 def prove_and_report(job: ProofJob, command: str) -> bool:
     """Measure, judge, write report.json, report.html and samples.png; True when the gate passed."""
-    fid_files = load_fid_files(job)
+    fid_files = load_fid_files(job.options, job.model)
     seconds = measured_speed(job)
     with job.workspace.timed("parity"):
         parity = _parity(job, seconds)
@@ -118,23 +106,6 @@ def prove_and_report(job: ProofJob, command: str) -> bool:
     _write(job, proof, images, command)
     _say(job, proof)
     return gate.passed
-
-
-def load_fid_files(job: ProofJob) -> FidFiles:
-    """The files of the flags, else those that came with the model; checked before long work."""
-    options, model = job.options, job.model
-    features = options.fid_features or model.features
-    reference = options.reference or model.reference
-    if (options.fid_features is None) != (options.reference is None) and model.features is None:
-        raise InputError(
-            "--fid-features and --reference belong together: the statistics must be of the same "
-            "features; give both"
-        )
-    if features is None or reference is None:
-        missing = "no feature network and reference statistics were given (--fid-features FILE "
-        return FidFiles(None, None, None, None, missing + "and --reference FILE)")
-    extractor = load_features(features, device=model.device, threads=options.threads)
-    return FidFiles(extractor, read_reference(reference), features, reference, "")
 
 
 def measured_speed(job: ProofJob) -> float:

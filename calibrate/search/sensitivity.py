@@ -16,10 +16,11 @@ trajectories is within 0.3 dB (docs/performance.md).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from .switchable import CandidateDenoiser
 
 _SILENT = Silent()
 _MEASURED_AT = 128  # the group size nearest this one is measured
-Side = Literal["weight", "activation"]
+_NEGLIGIBLE = 0.05  # activations that cost less than this share of the weights' error
 
 
 @dataclass(frozen=True)
@@ -92,56 +93,97 @@ def measure_sensitivity(
     The shapes are `local_errors.weight_shapes` and `.activation_shapes`. With `folder`, finished
     measurements are kept there and taken over by a run of the same cache and settings.
     """
-    run = _Measurement(candidate, settings, batch_size, device)
-    measured = _read(folder, candidate, settings)
-    todo = list(_measurements(space))
+    kept = _Kept(folder, candidate, settings)
+    run = _Measurement(candidate, kept, settings, batch_size, device)
     with exact_float32():
-        for name, side, scheme in progress.track(todo, "sensitivity of each linear", len(todo)):
-            key = f"{name}|{side}|{_group(side, scheme)}"
-            if key not in measured:
-                measured[key] = run.error(name, side, scheme)
-                _write(folder, candidate, settings, measured)
-    table: dict[Side, dict[str, dict[Any, float]]] = {"weight": {}, "activation": {}}
-    shapes: dict[Side, Mapping[str, Mapping[Any, float]]] = {
-        "weight": weight_shapes,
-        "activation": activation_shapes,
-    }
-    for name, side, scheme in todo:
-        group = _group(side, scheme)
-        shape = shapes[side][name]
-        level = measured[f"{name}|{side}|{group}"] / max(shape[group], 1e-300)
-        table[side][name] = {other: level * value for other, value in shape.items()}
-    return ErrorTable(table["weight"], table["activation"])
+        weight = run.weights(space, weight_shapes, progress)
+        everything = sum(_at_measured(groups) for groups in weight.values())
+        activation = run.activations(space, activation_shapes, everything, progress)
+    return ErrorTable(weight, activation)
+
+
+def _at_measured(groups: Mapping[Any, float]) -> float:
+    return groups[min(groups, key=lambda group: abs(_size(group) - _MEASURED_AT))]
 
 
 class _Measurement:
-    """Image errors of a candidate with a single linear quantized."""
+    """Image errors of a candidate with one side of one linear quantized, or of all linears."""
 
     def __init__(
         self,
         candidate: CandidateDenoiser,
+        kept: _Kept,
         settings: SensitivitySettings,
         batch_size: int,
         device: torch.device | str,
     ) -> None:
         self._candidate = candidate
+        self._kept = kept
         self._settings = settings
         self._batch_size = batch_size
         self._device = device
         self._expected: Tensor | None = None
 
-    def error(self, name: str, side: Side, scheme: LayerScheme) -> float:
+    def weights(
+        self,
+        space: SearchSpace,
+        shapes: Mapping[str, Mapping[WeightGroup, float]],
+        progress: Progress,
+    ) -> dict[str, dict[WeightGroup, float]]:
+        """Every linear with quantized weights, one at a time."""
+        names = [name for name in space.choices if space.weight_groups(name)]
+        table: dict[str, dict[WeightGroup, float]] = {}
+        for name in progress.track(names, "sensitivity of each linear's weights", len(names)):
+            group = _nearest(space.weight_groups(name))
+            error = self._error(f"{name}|weight|{group}", {name: (group, None)})
+            table[name] = _in_proportion(shapes[name], error, shapes[name][group])
+        return table
+
+    def activations(
+        self,
+        space: SearchSpace,
+        shapes: Mapping[str, Mapping[ActivationGroup, float]],
+        weight_error: float,
+        progress: Progress,
+    ) -> dict[str, dict[ActivationGroup, float]]:
+        """All linears' coarsest activations at once; if that is next to nothing beside
+        `weight_error` it is shared out by the local errors, else each is measured by itself."""
+        schemes = {name: activation_schemes(space, name) for name in space.choices}
+        coarsest = {name: own[-1] for name, own in schemes.items() if own}
+        if not coarsest:
+            return {}
+        together = self._error(
+            "all|activation|coarsest", {name: (None, own) for name, own in coarsest.items()}
+        )
+        if together < _NEGLIGIBLE * weight_error:
+            whole = sum(shapes[name][own.activation_group] for name, own in coarsest.items())
+            return {name: _in_proportion(shapes[name], together, whole) for name in coarsest}
+        table: dict[str, dict[ActivationGroup, float]] = {}
+        tracked = progress.track(coarsest, "sensitivity of each linear's input", len(coarsest))
+        for name in tracked:
+            group = _nearest([own.activation_group for own in schemes[name]])
+            scheme = next(own for own in schemes[name] if own.activation_group == group)
+            error = self._error(f"{name}|activation|{group}", {name: (None, scheme)})
+            table[name] = _in_proportion(shapes[name], error, shapes[name][group])
+        return table
+
+    def _error(
+        self, key: str, changes: Mapping[str, tuple[WeightGroup | None, LayerScheme | None]]
+    ) -> float:
+        """Mean squared error of the images with `changes` and nothing else, unless it is kept."""
+        known = self._kept.errors.get(key)
+        if known is not None:
+            return known
         if self._expected is None:
             self._candidate.reset()
             self._expected = self._images()
-        linear = self._candidate.linears[name]
-        if side == "weight":
-            linear.use(scheme.weight_group, None)
-        else:
-            linear.use(None, scheme)
-        images = self._images()
-        linear.use(None, None)
-        return (images - self._expected).square().mean().item()
+        for name, (group, activation) in changes.items():
+            self._candidate.linears[name].use(group, activation)
+        error = (self._images() - self._expected).square().mean().item()
+        for name in changes:
+            self._candidate.linears[name].use(None, None)
+        self._kept.add(key, error)
+        return error
 
     def _images(self) -> Tensor:
         """Latents or pixels, float64, clamped as pixels are where there is no VAE."""
@@ -157,52 +199,47 @@ class _Measurement:
         return samples if model.vae is not None else samples.clamp(-1, 1)
 
 
-def _measurements(space: SearchSpace) -> Iterator[tuple[str, Side, LayerScheme]]:
-    """(linear, side, scheme with the group to measure) for everything there is to measure."""
-    for spec in space.linears:
-        k = spec.in_features
-        sides = [scheme for scheme in space.choices[spec.name] if scheme.quantizes_weights]
-        if sides:
-            nearest = min(sides, key=lambda s: abs(s.weight_group_size(k) - _MEASURED_AT))
-            yield spec.name, "weight", nearest
-        inputs = activation_schemes(space, spec.name)
-        if inputs:
-            nearest = min(inputs, key=lambda s: abs(s.activation_group_size(k) - _MEASURED_AT))
-            yield spec.name, "activation", nearest
+def _in_proportion(shape: Mapping[Any, float], error: float, measured: float) -> dict[Any, float]:
+    """`error` belongs to the shape's value `measured`; the other groups in proportion."""
+    return {group: error * value / max(measured, 1e-300) for group, value in shape.items()}
 
 
-def _group(side: Side, scheme: LayerScheme) -> WeightGroup | ActivationGroup:
-    return scheme.weight_group if side == "weight" else scheme.activation_group
+def _nearest(groups: Sequence[Any]) -> Any:
+    return min(groups, key=lambda group: abs(_size(group) - _MEASURED_AT))
 
 
-def _key(candidate: CandidateDenoiser, settings: SensitivitySettings) -> str:
-    return sha256_of_json({"cache": candidate.digest, "settings": asdict(settings)})
+def _size(group: WeightGroup | ActivationGroup) -> float:
+    """'channel' and 'token' are coarser than every number."""
+    return group if isinstance(group, int) else math.inf
 
 
-def _read(
-    folder: Path | None, candidate: CandidateDenoiser, settings: SensitivitySettings
-) -> dict[str, float]:
-    """Measurements that an earlier run left; none where they are another's or unreadable."""
-    if folder is None:
-        return {}
-    try:
-        kept = json.loads((folder / _KEPT).read_text(encoding="utf-8"))
-        if kept["key"] != _key(candidate, settings):
+class _Kept:
+    """Finished measurements in a folder, for a run of the same cache and settings."""
+
+    def __init__(
+        self, folder: Path | None, candidate: CandidateDenoiser, settings: SensitivitySettings
+    ) -> None:
+        self._path = None if folder is None else folder / _KEPT
+        self._key = sha256_of_json({"cache": candidate.digest, "settings": asdict(settings)})
+        self.errors = self._read()
+
+    def add(self, name: str, error: float) -> None:
+        """Remember one measurement, on disk at once."""
+        self.errors[name] = error
+        if self._path is not None:
+            write_json(self._path, {"key": self._key, "errors": self.errors})
+
+    def _read(self) -> dict[str, float]:
+        """What an earlier run left; nothing where it is another's or unreadable."""
+        if self._path is None:
             return {}
-        return {str(name): float(value) for name, value in kept["errors"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _write(
-    folder: Path | None,
-    candidate: CandidateDenoiser,
-    settings: SensitivitySettings,
-    measured: Mapping[str, float],
-) -> None:
-    if folder is not None:
-        value = {"key": _key(candidate, settings), "errors": dict(measured)}
-        write_json(folder / _KEPT, value)
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            if kept["key"] != self._key:
+                return {}
+            return {str(name): float(value) for name, value in kept["errors"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
 
 _KEPT = "sensitivity.json"

@@ -55,7 +55,8 @@ class SwitchableLinear(nn.Module):
 class CandidateDenoiser:
     """A copy of a model's denoiser that becomes any plan of the cache's search space.
 
-    `fast` compiles everything around the products (CUDA; results then differ by rounding flips).
+    `fast` compiles everything around the products and runs those in float16 (CUDA): errors of
+    2⁻¹¹, far below 4-bit weights', and results differ from the exact ones by rounding flips.
     The copy shares the full-precision parameters with the model.
     """
 
@@ -78,10 +79,10 @@ class CandidateDenoiser:
             on_device = {group: weight.to(device) for group, weight in weights.items()}
             self.linears[name] = SwitchableLinear(linear, on_device, fast)
             replace_linear(denoiser, name, self.linears[name])
-        self.denoiser: nn.Module = denoiser
         self.module: nn.Module = denoiser
         if fast:
-            self.module = torch.compile(denoiser, dynamic=False)  # type: ignore[assignment]
+            compiled = torch.compile(denoiser.forward, dynamic=False)
+            denoiser.forward = torch.autocast("cuda", torch.float16)(compiled)
 
     def apply(self, plan: QuantizationPlan) -> None:
         """Become the simulation of `plan`, with the cache's weights."""

@@ -1,0 +1,24 @@
+"""The uniform plans that a search is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ...calibrate.plan import uniform_plan
+from ...errors import InputError
+from .found import UNIFORM_GROUPS, Labelled
+from .task import SearchTask
+
+
+def uniform_plans(task: SearchTask) -> list[Labelled]:
+    """g32, g64 and g128 on both sides, as far as they divide every linear, finest first."""
+    made = []
+    for group in UNIFORM_GROUPS:
+        scheme = replace(task.scheme, weight_group=group, activation_group=group)
+        try:
+            plan = uniform_plan(task.options.bits, scheme, task.linears)
+            task.costs.total(plan)  # a latency may not have been measured for it
+        except InputError:
+            continue
+        made.append(Labelled(f"g{group}", plan))
+    return made
