@@ -93,7 +93,7 @@ def front_plot(search: SearchEntry) -> Picture | None:
 
 
 def history_plot(search: SearchEntry) -> Picture | None:
-    """Best FID so far against wall time, generation by generation."""
+    """Best FID so far against the time of all evaluations, generation by generation."""
     entries = [entry for entry in search.history if entry.best_fid is not None]
     if not entries:
         return None

@@ -1,7 +1,7 @@
 """search.json, and `search` in report.json: the record of one granularity search (docs/report.md).
 
-PSNRs are in dB with peak 2 against full precision's images from the same noise: predicted from the
-measured errors of single linears, or measured on images that the candidate made.
+PSNRs are in dB with peak 2 against full precision's images from the same noise: predicted from what
+single linears do to images, or measured on images that the plan itself made.
 """
 
 from __future__ import annotations
@@ -64,19 +64,15 @@ class CandidateEntry(Entry):
 
 
 class HistoryEntry(Entry):
-    """An evolutionary search after one generation: all that was evaluated, and the best FID."""
+    """An evolutionary search after one generation: all that was evaluated, and the best FID.
+
+    `seconds` is what all evaluations so far took, summed over workers and resumed runs.
+    """
 
     generation: int = Field(ge=0)
     evaluated: int = Field(ge=0)
     seconds: float = Field(ge=0)
     best_fid: Figure
-
-
-class GainEntry(Entry):
-    """What a squared error of the noise at `timestep` is worth in the image (`search/gains.py`)."""
-
-    timestep: int
-    gain: float
 
 
 class SearchEntry(Entry):
@@ -87,7 +83,7 @@ class SearchEntry(Entry):
     `seconds` is the whole search, resumed runs added up. `images` is how many image pairs are
     behind each `psnr_db` and `fid`, 0 where none were made.
 
-    Refused: a front whose costs do not rise; more than one chosen candidate; figures measured on
+    Refused: a front whose costs fall; more than one chosen candidate; figures measured on
     images with `images` 0.
     """
 
@@ -103,12 +99,11 @@ class SearchEntry(Entry):
     candidates: tuple[CandidateEntry, ...] = ()
     history: tuple[HistoryEntry, ...] = ()
     images: int = Field(default=0, ge=0)
-    gains: tuple[GainEntry, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> SearchEntry:
-        if any(after.cost <= before.cost for before, after in pairwise(self.front)):
-            raise ValueError("the costs of the front must rise from point to point")
+        if any(after.cost < before.cost for before, after in pairwise(self.front)):
+            raise ValueError("the costs of the front must not fall from point to point")
         chosen = [candidate.label for candidate in self.candidates if candidate.chosen]
         if len(chosen) > 1:
             raise ValueError(f"one candidate at most is chosen, got {', '.join(chosen)}")

@@ -161,7 +161,7 @@ def front_note(search: SearchEntry) -> str:
     predictions += [point.predicted_psnr_db for point in search.front]
     note = "PSNR of images against full precision."
     if any(figure is not None for figure in predictions):
-        note += " Line and filled marks: predicted from the errors of single linears."
+        note += " Line and filled marks: predicted, the sum of what single linears do to images."
     if any(plan.psnr_db is not None for plan in plans):
         note += f" Hollow marks: measured on {numbers.count(search.images)} image pairs."
     return note

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 
+from qdit.calibrate.checkpoint import QuantizedCheckpoint
+from qdit.calibrate.model import DiffusionModel
+from qdit.calibrate.sampling import SamplingSettings
+from qdit.engines.report.build import Proof, build_report
 from qdit.engines.report.html import render
 from qdit.engines.report.schema import Report, read_report
 from qdit.engines.report.search_group_plot import group_plot
@@ -65,14 +69,12 @@ SENSITIVITY: dict[str, Any] = {
         },
     ],
     "images": 64,
-    "gains": [{"timestep": 980, "gain": 0.25}, {"timestep": 0, "gain": 1.0}],
 }
 EVOLUTIONARY = SENSITIVITY | {
     "method": "evolutionary",
     "predicted_mse": None,
     "predicted_psnr_db": None,
     "front": [],
-    "gains": [],
     "history": [
         {"generation": 0, "evaluated": 50, "seconds": 100.0, "best_fid": 6.0},
         {"generation": 1, "evaluated": 100, "seconds": 190.0, "best_fid": 5.5},
@@ -116,7 +118,7 @@ def test_no_record_is_none(tmp_path: Path) -> None:
         ({"method": "random"}, "method: Input should be 'sensitivity' or 'evolutionary'"),
         ({"budget": BUDGET | {"kind": "joules"}}, "budget.kind: Input should be"),
         ({"cost": float("inf")}, "cost: Input should be a finite number"),
-        ({"front": SENSITIVITY["front"][::-1]}, "costs of the front must rise"),
+        ({"front": SENSITIVITY["front"][::-1]}, "costs of the front must not fall"),
         ({"candidates": SENSITIVITY["candidates"] * 2}, "one candidate at most is chosen"),
         ({"images": 0}, "need the number of images, got 0"),
     ],
@@ -136,6 +138,16 @@ def test_a_report_holds_the_record(report: Report, tmp_path: Path) -> None:
     made.write(tmp_path / "report.json")
     assert read_report(tmp_path / "report.json") == made
     assert json.loads((tmp_path / "report.json").read_text())["search"]["cost"] == 4.12
+
+
+def test_the_record_is_handed_through_to_the_report(
+    model: DiffusionModel, checkpoint: QuantizedCheckpoint, proof: Proof
+) -> None:
+    settings = SamplingSettings(4, 1.5, 7)
+    facts: dict[str, Any] = {"command": "", "timings": {}, "machine": {}, "output": Path()}
+    made = build_report(model, checkpoint, proof, settings, **facts, search=search())
+    assert made.search == search()
+    assert build_report(model, checkpoint, proof, settings, **facts).search is None
 
 
 def test_reports_from_before_searches_read(report: Report, tmp_path: Path) -> None:
