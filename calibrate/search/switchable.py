@@ -32,20 +32,26 @@ class SwitchableLinear(nn.Module):
         self._weights = weights
         self._weight: Tensor = linear.weight.detach()
         self._scheme: LayerScheme | None = None
-        self._quantize = _compiled_quantizer() if fast else fake_quantize_activation
+        self._quantize = fake_quantize_activation
+        if fast:
+            self._quantize = _compiled_quantizer()
+            # the compiled denoiser breaks here: another group must not compile all of it again
+            self.forward = torch.compiler.disable(self.forward, recursive=False)
+
+    def take(self, weight: QuantizedWeight | None, activation: LayerScheme | None) -> None:
+        """Take a weight [N, K] that is not in the cache, and quantize inputs as `use` does."""
+        like = self._linear.weight.detach()
+        self._weight = like
+        if weight is not None:
+            self._weight = weight.to(like.device).dequantize(like.dtype)
+        quantizes = activation is not None and activation.quantizes_activations
+        self._scheme = activation if quantizes else None
 
     def use(self, weight_group: WeightGroup | None, activation: LayerScheme | None) -> None:
         """Take the cached weights of `weight_group`, and quantize inputs as `activation` says;
         None leaves that side in full precision."""
-        like = self._linear.weight.detach()
-        self._weight = like
-        if weight_group is not None:
-            self._weight = self._weights[weight_group].to(like.device).dequantize(like.dtype)
-        quantizes = activation is not None and activation.quantizes_activations
-        self._scheme = activation if quantizes else None
+        self.take(None if weight_group is None else self._weights[weight_group], activation)
 
-    # a compiled denoiser breaks here, so that another group does not compile all of it again
-    @torch.compiler.disable(recursive=False)
     def forward(self, x: Tensor) -> Tensor:
         if self._scheme is not None:
             x = self._quantize(x, self._scheme)
@@ -89,6 +95,11 @@ class CandidateDenoiser:
         for name, linear in self.linears.items():
             scheme = plan[name]
             linear.use(scheme.weight_group if scheme.quantizes_weights else None, scheme)
+
+    def take(self, plan: QuantizationPlan, weights: Mapping[str, QuantizedWeight]) -> None:
+        """Become the simulation of `plan` with other weights than the cache's."""
+        for name, linear in self.linears.items():
+            linear.take(weights.get(name), plan[name])
 
     def reset(self) -> None:
         """Become full precision again."""
