@@ -36,7 +36,8 @@ class SwitchableLinear(nn.Module):
         if fast:
             self._quantize = _compiled_quantizer()
             # the compiled denoiser breaks here: another group must not compile all of it again
-            self.forward = torch.compiler.disable(self.forward, recursive=False)
+            disabled = torch.compiler.disable(self.forward, recursive=False)
+            self.forward = disabled  # type: ignore[method-assign]
 
     def take(self, weight: QuantizedWeight | None, activation: LayerScheme | None) -> None:
         """Take a weight [N, K] that is not in the cache, and quantize inputs as `use` does."""

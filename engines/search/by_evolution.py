@@ -104,7 +104,7 @@ def _executor(task: SearchTask, payload: EvaluatorPayload) -> Executor:
     if options.ray_address is not None:
         address = None if options.ray_address == "local" else options.ray_address
         return make_executor("ray", payload, workers=options.search_workers, ray_address=address)
-    gpus = torch.cuda.device_count() if device == "cuda" or options.device == "auto" else 1
+    gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 1
     workers = options.search_workers or (gpus if task.on_gpu else 1)
     if workers == 1:
         return make_executor("serial", payload, device=device)
