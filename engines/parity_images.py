@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..calibrate.psnr import psnr
 from ..errors import InputError
-
-PEAK = 2.0  # images lie in [-1, 1]
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,6 @@ def image_parity(squared_error: ArrayLike) -> ImageParity:
         identical=mean == 0,
         not_finite=0,
     )
-
-
-def psnr(mean_squared_error: float) -> float | None:
-    """10 log10(PEAK² / mse) in dB, or None for no error at all."""
-    if mean_squared_error == 0:
-        return None
-    return float(10 * np.log10(PEAK**2 / mean_squared_error))
 
 
 def _upper_median(errors: NDArray[np.float64]) -> float:

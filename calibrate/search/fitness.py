@@ -22,11 +22,11 @@ from ..features import FeatureExtractor
 from ..frechet import Array, Statistics, frechet_distance, statistics
 from ..model import DiffusionModel
 from ..plan import QuantizationPlan
+from ..psnr import psnr
 from ..sampling import SamplingSettings, decode_images, sample_images
 
 PAPER_IMAGES = 800
 PAPER_STEPS = 50
-_PEAK = 2.0  # images span [-1, 1]
 _DECODED_AT_ONCE = 16
 
 
@@ -162,7 +162,7 @@ class Evaluator:
                 keep.append(images)
         fid = self._fid(features)
         error = squared_error / self.settings.samples if full else None
-        return Fitness(fid, _psnr(error), time.perf_counter() - started)
+        return Fitness(fid, psnr(error), time.perf_counter() - started)
 
     def _fid(self, batches: list[Array]) -> float | None:
         if self._reference is None or not batches:
@@ -187,9 +187,3 @@ class Evaluator:
                 device=self._device,
             )
             yield decode_images(self._model, samples, min(len(indices), _DECODED_AT_ONCE))
-
-
-def _psnr(mean_squared_error: float | None) -> float | None:
-    if not mean_squared_error or not math.isfinite(mean_squared_error):
-        return None
-    return 10.0 * math.log10(_PEAK**2 / mean_squared_error)

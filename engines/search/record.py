@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...calibrate.plan import QuantizationPlan
+from ...calibrate.psnr import psnr
 from ...calibrate.search.fitness import Fitness
 from ...files import write_json
 from ..report.search_schema import (
@@ -20,8 +21,6 @@ from ..report.search_schema import (
 from .found import Found
 from .task import SearchTask
 from .uniform import uniform_plans
-
-_PEAK = 2.0  # image values span [-1, 1]
 
 
 def search_entry(task: SearchTask, found: Found, seconds: float) -> SearchEntry:
@@ -117,8 +116,7 @@ def _predicted_mse(found: Found, plan: QuantizationPlan) -> float | None:
 
 
 def _predicted_psnr(found: Found, plan: QuantizationPlan) -> float | None:
-    error = _predicted_mse(found, plan)
-    return None if not error else 10.0 * math.log10(_PEAK**2 / error)
+    return psnr(_predicted_mse(found, plan))
 
 
 def _finite(value: float | None) -> float | None:
