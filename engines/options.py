@@ -143,7 +143,7 @@ class SearchOptions(Options):
         """Raise `InputError` for flags that the chosen method would not read."""
         from ..calibrate.search.budget import parse_budget
 
-        parse_budget(self.budget)
+        kind = parse_budget(self.budget).kind
         method = self.search_method
         for name in _READ_BY:
             if name in self.model_fields_set and method not in _READ_BY[name]:
@@ -152,6 +152,17 @@ class SearchOptions(Options):
                     f"--{flag} is read by --search {' or '.join(_READ_BY[name])}, got --search "
                     f"{method}; change one of them"
                 )
+        if "latency_target" in self.model_fields_set and kind != "latency-ms":
+            raise InputError(
+                f"--latency-target is read by a budget of latency-ms, got --budget {self.budget}; "
+                "change one of them"
+            )
+        judged = (self.search_refine or (3 if method == "sensitivity" else 1)) > 1
+        if "refine_by" in self.model_fields_set and not judged:
+            raise InputError(
+                "--refine-by judges two plans or more, got --search-refine "
+                f"{self.search_refine or 1}; raise it or leave --refine-by out"
+            )
         if method != "none" and self.model_fields_set & {"plan"}:
             raise InputError(
                 f"a plan is either given or searched for, got --plan and --search {method}; "
