@@ -138,12 +138,16 @@ def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
 def with_plan_found(job: Job) -> Job:
     """The job with the plan of its search."""
     space_of(job.options, job.model)  # what cannot be searched is refused before calibration
-    calibration = _calibration_set(job, _calibrate(job))
     search = SearchJob(
         job.options, job.model, job.plan, job.workspace, job.batch_size, job.progress
     )
-    plan, entry = find_plan(search, calibration)
+    plan, entry = find_plan(search, calibration_of(job))
     return replace(job, plan=plan, search=entry)
+
+
+def calibration_of(job: Job) -> CalibrationSet:
+    """The calibration set of the job, from its workspace where it was collected before."""
+    return _calibration_set(job, _calibrate(job))
 
 
 def quantize(job: Job) -> QuantizedCheckpoint:

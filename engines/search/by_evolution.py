@@ -29,7 +29,7 @@ _AT_ONCE = {"cpu": 50, "cuda": 800}
 def search_by_evolution(task: SearchTask, files: FidFiles) -> Found:
     """Evolve plans by FID; with `--search-refine N` the best N are quantized anew and judged."""
     settings = fitness_settings(task)
-    payload = _payload(task, files, settings)
+    payload = evaluator_payload(task, files, settings)
     result = _evolve(task, payload)
     refine = task.options.search_refine or 1
     ranked = tuple(
@@ -64,7 +64,10 @@ def fitness_settings(task: SearchTask) -> FitnessSettings:
     )
 
 
-def _payload(task: SearchTask, files: FidFiles, settings: FitnessSettings) -> EvaluatorPayload:
+def evaluator_payload(
+    task: SearchTask, files: FidFiles, settings: FitnessSettings
+) -> EvaluatorPayload:
+    """What judges a candidate, as data for any worker. Raises `InputError` without FID files."""
     if files.features_path is None or files.reference is None:
         raise InputError(
             f"the evolutionary search judges by FID, and {files.missing}; give both or use "

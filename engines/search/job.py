@@ -120,21 +120,39 @@ def _inputs(job: SearchJob, space: SearchSpace, calibration: CalibrationSet) -> 
 def _search(job: SearchJob, space: SearchSpace, calibration: CalibrationSet, folder: Path) -> None:
     started = time.perf_counter() - _seconds_before(folder)
     files = load_fid_files(job.options, job.model)
-    scheme = job.options.scheme()
-    costs, budget = budget_of(job.options, job.model, job.plan, scheme, space, job.progress)
+    try:
+        task = make_task(job, space, calibration, folder)
+        found = _method(job.options)(task, files)
+    finally:
+        write_json(folder / _SECONDS, round(time.perf_counter() - started, 3))
+    if not task.budget.allows(task.costs.total(found.chosen)):
+        raise ValueError("the search chose a plan beyond its budget")
+    if job.options.pareto:
+        write_front(task, found, folder / FRONT_NAME)
+    search_entry(task, found, time.perf_counter() - started).write(folder / SEARCH_NAME)
+    found.chosen.write(folder / PLAN_NAME)
+    release_memory()
+
+
+def make_task(
+    job: SearchJob, space: SearchSpace, calibration: CalibrationSet, folder: Path
+) -> SearchTask:
+    """Everything that a search method works on; the weights of all group sizes are made here."""
+    options, model, scheme = job.options, job.model, job.options.scheme()
+    costs, budget = budget_of(options, model, job.plan, scheme, space, job.progress)
     cache = build_weight_cache(
-        job.model,
+        model,
         space,
-        job.options.weights,
+        options.weights,
         calibration,
         batch_size=job.batch_size,
-        device=job.model.device,
+        device=model.device,
         progress=job.progress,
         folder=folder / "weights",
     )
-    task = SearchTask(
-        job.options,
-        job.model,
+    return SearchTask(
+        options,
+        model,
         scheme,
         space,
         costs,
@@ -145,17 +163,6 @@ def _search(job: SearchJob, space: SearchSpace, calibration: CalibrationSet, fol
         job.batch_size,
         job.progress,
     )
-    try:
-        found = _method(job.options)(task, files)
-    finally:
-        write_json(folder / _SECONDS, round(time.perf_counter() - started, 3))
-    if not budget.allows(costs.total(found.chosen)):
-        raise ValueError("the search chose a plan beyond its budget")
-    if job.options.pareto:
-        write_front(task, found, folder / FRONT_NAME)
-    search_entry(task, found, time.perf_counter() - started).write(folder / SEARCH_NAME)
-    found.chosen.write(folder / PLAN_NAME)
-    release_memory()
 
 
 def _method(options: ExportOptions) -> Callable[..., Found]:
