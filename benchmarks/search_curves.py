@@ -95,7 +95,7 @@ def draw(path: Path, evolution: SearchEntry, sensitivity: SearchEntry, fitness: 
     axes.plot(
         [sensitivity.seconds], [fitness.fid], marker="D", linestyle="none", label="sensitivity"
     )
-    axes.set(xscale="log", xlabel="seconds on one worker", ylabel="FID, 800 images")
+    axes.set(xscale="log", xlabel="seconds on one worker", ylabel=f"FID, {evolution.images} images")
     axes.legend(frameon=False)
     figure.savefig(path)
 
