@@ -31,7 +31,7 @@ from .full_precision import FullPrecision
 from .options import ExportOptions
 from .proof_job import ProofJob, prove_and_report
 from .report.search_schema import SearchEntry
-from .search.job import SearchJob, find_plan, forget_search, space_of
+from .search.job import SearchJob, check_search, find_plan, forget_search
 from .workspace import Workspace
 
 ONNX_NAME = "model.onnx"
@@ -137,10 +137,10 @@ def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
 
 def with_plan_found(job: Job) -> Job:
     """The job with the plan of its search."""
-    space_of(job.options, job.model)  # what cannot be searched is refused before calibration
     search = SearchJob(
         job.options, job.model, job.plan, job.workspace, job.batch_size, job.progress
     )
+    check_search(search)
     plan, entry = find_plan(search, calibration_of(job))
     return replace(job, plan=plan, search=entry)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ...calibrate.model import DiffusionModel
 from ...calibrate.plan import QuantizationPlan
 from ...calibrate.schemes import LayerScheme
@@ -12,12 +14,14 @@ from ...calibrate.search.costs import (
     CostModel,
     bitops_cost,
     bytes_cost,
+    choice_costs,
     effective_bits_cost,
     latency_cost,
     tokens_per_image,
 )
 from ...calibrate.search.latency import needed_keys
 from ...calibrate.search.space import SearchSpace
+from ...errors import InputError
 from ...progress import Progress
 from ..latency_bench import measure_latencies
 from ..options import ExportOptions
@@ -27,15 +31,22 @@ def budget_of(
     options: ExportOptions,
     model: DiffusionModel,
     plan: QuantizationPlan,
-    scheme: LayerScheme,
     space: SearchSpace,
     progress: Progress,
 ) -> tuple[CostModel, Budget]:
     """The cost model of `--budget` and the budget as a number. `plan` is the uniform plan of the
     flags. Raises `InputError` for a budget that no plan of the space keeps."""
-    request = parse_budget(options.budget)
+    request, scheme = parse_budget(options.budget), options.scheme()
     costs = _cost_model(request, options, model, plan, scheme, space, progress)
-    return costs, request.resolve(costs, model.linears, scheme)
+    budget = request.resolve(costs, model.linears, scheme)
+    shares = choice_costs(costs, space)
+    least = costs.fixed + math.fsum(min(row) for row in shares.values())
+    if not budget.allows(least):
+        raise InputError(
+            f"the budget must be at least the cheapest plan's {least:.6g} {costs.unit}, got "
+            f"{options.budget}; raise it or use fewer --bits"
+        )
+    return costs, budget
 
 
 def _cost_model(

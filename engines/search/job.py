@@ -34,6 +34,9 @@ PLAN_NAME = "plan.json"
 FRONT_NAME = "pareto.json"
 _TARGET = "qdq"  # always written; `budget` keeps to what it can express
 _SECONDS = "seconds.json"
+# Weights, measurements and judged plans, each under keys of its own: kept from one budget to the
+# next, where the step's own folder starts empty.
+_PARTS = "search-parts"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,14 @@ def forget_search(output: Path) -> None:
     (output / SEARCH_NAME).unlink(missing_ok=True)
 
 
+def check_search(job: SearchJob) -> None:
+    """Refuse what can be refused before calibration: nothing to search for, or a budget that no
+    plan keeps. A latency budget is measured first and judged later."""
+    space = space_of(job.options, job.model)
+    if not job.options.budget.startswith("latency-ms"):
+        budget_of(job.options, job.model, job.plan, space, job.progress)
+
+
 def space_of(options: ExportOptions, model: DiffusionModel) -> SearchSpace:
     """What may be chosen: the groups that `qdq` can express; the paper's method keeps both sides
     of a linear at one size. Raises `InputError` where the flags quantize nothing."""
@@ -121,7 +132,7 @@ def _search(job: SearchJob, space: SearchSpace, calibration: CalibrationSet, fol
     started = time.perf_counter() - _seconds_before(folder)
     files = load_fid_files(job.options, job.model)
     try:
-        task = make_task(job, space, calibration, folder)
+        task = make_task(job, space, calibration, job.workspace.folder / _PARTS)
         found = _method(job.options)(task, files)
     finally:
         write_json(folder / _SECONDS, round(time.perf_counter() - started, 3))
@@ -137,9 +148,12 @@ def _search(job: SearchJob, space: SearchSpace, calibration: CalibrationSet, fol
 def make_task(
     job: SearchJob, space: SearchSpace, calibration: CalibrationSet, folder: Path
 ) -> SearchTask:
-    """Everything that a search method works on; the weights of all group sizes are made here."""
+    """Everything that a search method works on; the weights of all group sizes are made here.
+
+    `folder` is where finished parts are kept. Raises `InputError` for an infeasible budget.
+    """
     options, model, scheme = job.options, job.model, job.options.scheme()
-    costs, budget = budget_of(options, model, job.plan, scheme, space, job.progress)
+    costs, budget = budget_of(options, model, job.plan, space, job.progress)
     cache = build_weight_cache(
         model,
         space,
