@@ -14,6 +14,8 @@ from .devices import default_batch_size
 from .estimate import Estimate, estimate, measure_forward
 from .export_job import default_output, prepare
 from .options import ExportOptions
+from .search.forecast import forecast
+from .search.job import search_budget
 
 _MEGA = 1e6
 
@@ -24,12 +26,25 @@ def dry_run(options: ExportOptions, progress: Progress) -> Group:
     batch = options.batch_size or default_batch_size(model.device.type)
     predicted = estimate(options, model, measure_forward(model, min(batch, 8)))
     output = options.output or default_output(options, model)
+    searched = [] if options.search_method == "none" else [_search_line(options, model, plan)]
     return Group(
         f"{model.name} → {output} (dry run: nothing is written)",
+        *searched,
         _plan_table(model, plan),
         _size_table(model, plan),
         _time_table(predicted),
         f"image pairs for PSNR and FID: {predicted.fid_samples}",
+    )
+
+
+def _search_line(options: ExportOptions, model: DiffusionModel, plan: QuantizationPlan) -> str:
+    """What would be searched for. The tables show the plan of the flags, where a search starts."""
+    costs, budget = search_budget(options, model, plan)
+    counts = forecast(options, len(model.linears), model.device.type)
+    measured = f"{counts.trajectories} measured trajectories, " if counts.trajectories else ""
+    return (
+        f"search: {options.search_method}, at most {budget.value:.6g} {costs.unit}; {measured}"
+        f"{counts.plans} plans judged by images. Below: the plan of the flags"
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ..calibrate.model import DiffusionModel
 from .options import ExportOptions, ProofOptions
+from .search.forecast import forecast
 
 # Images are made in pairs within about this time for each of the two engines.
 _IMAGE_SECONDS = {"cpu": 60.0, "cuda": 180.0}
@@ -69,9 +70,15 @@ def estimate(options: ExportOptions, model: DiffusionModel, seconds_per_sample: 
     images = choose_fid_samples(options, seconds_per_sample, model.device.type)
     per_image = forwards_per_image(options) * seconds_per_sample
     seconds = dict(_FIXED_SECONDS)
-    if options.weights == "gptq":
+    if options.weights == "gptq" or options.search_method != "none":
         trajectories = -(-options.calib_samples // 8)
         seconds["calibration"] = trajectories * per_image
+    if options.weights == "gptq":
         seconds["quantize"] = options.calib_samples * _GPTQ_FORWARDS * seconds_per_sample
+    if options.search_method != "none":
+        counts = forecast(options, len(model.linears), model.device.type)
+        gptq = options.calib_samples * _GPTQ_FORWARDS if options.weights == "gptq" else 0.0
+        work = counts.forwards * _QUANTIZED_COST + counts.quantized * gptq
+        seconds["search"] = work * seconds_per_sample
     seconds["images"] = images * per_image * (1 + _QUANTIZED_COST)
     return Estimate(seconds, images)

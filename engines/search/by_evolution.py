@@ -20,6 +20,7 @@ from ..fid_files import FidFiles
 from .by_sensitivity import best_plan
 from .found import Found, Labelled
 from .judging import judge_plans, judged_images
+from .sizes import REFINE
 from .task import SEED_OFFSET, SearchTask
 from .uniform import uniform_plans
 
@@ -31,7 +32,7 @@ def search_by_evolution(task: SearchTask, files: FidFiles) -> Found:
     settings = fitness_settings(task)
     payload = evaluator_payload(task, files, settings)
     result = _evolve(task, payload)
-    refine = task.options.search_refine or 1
+    refine = task.options.search_refine or REFINE["evolutionary"][task.model.device.type]
     ranked = tuple(
         Labelled(f"rank {number}", candidate.plan)
         for number, candidate in enumerate(result.ranked[:refine], 1)

@@ -25,11 +25,10 @@ from ...memory import release_memory
 from ..fid_files import FidFiles
 from .found import Found, Labelled
 from .judging import judge_plans, judged_images
+from .sizes import LEVEL_IMAGES, REFINE
 from .task import SearchTask
 from .uniform import uniform_plans
 
-_IMAGES = {"cpu": 4, "cuda": 32}
-_REFINE = {"cpu": 3, "cuda": 8}
 _LOCAL_SAMPLES = 16
 _FRONT_POINTS = 20
 
@@ -37,12 +36,12 @@ _FRONT_POINTS = 20
 def search_by_sensitivity(task: SearchTask, files: FidFiles) -> Found:
     """Choose a plan within the budget; `--search-refine 1` takes the solver's own unjudged."""
     device = task.model.device.type
-    errors = _errors(task, _IMAGES[device])
+    errors = _errors(task, LEVEL_IMAGES[device])
     release_memory()
     table, costs = errors.choice_errors(task.space), choice_costs(task.costs, task.space)
     tie_break = choice_costs(task.tie_break(), task.space)
     room = task.budget.value - task.costs.fixed
-    refine = task.options.search_refine or _REFINE[device]
+    refine = task.options.search_refine or REFINE["sensitivity"][device]
     choices = near_optima(table, costs, room, refine, seed=task.options.seed, tie_break=tie_break)
     candidates = tuple(
         Labelled("solver's optimum" if not number else f"near-optimum {number}", plan)

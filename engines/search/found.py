@@ -10,8 +10,6 @@ from ...calibrate.search.evolution_result import GenerationRecord
 from ...calibrate.search.fitness import Fitness
 from ...calibrate.search.sensitivity import ErrorTable
 
-UNIFORM_GROUPS = (32, 64, 128)  # what a search is compared with
-
 
 @dataclass(frozen=True)
 class Labelled:

@@ -13,6 +13,8 @@ from typing import Any
 from ...calibrate.model import DiffusionModel
 from ...calibrate.plan import LinearSpec, QuantizationPlan
 from ...calibrate.schemes import LayerScheme
+from ...calibrate.search.budget import Budget
+from ...calibrate.search.costs import CostModel
 from ...calibrate.search.space import SearchSpace, search_space
 from ...calibrate.search.weight_cache import build_weight_cache
 from ...calibrate.trajectories import CalibrationSet
@@ -20,7 +22,7 @@ from ...errors import ArtifactError, InputError
 from ...export.capabilities import target_named
 from ...files import write_json
 from ...memory import release_memory
-from ...progress import Progress
+from ...progress import Progress, Silent
 from ..fid_files import load_fid_files
 from ..options import ExportOptions
 from ..report.search_schema import SEARCH_NAME, SearchEntry, read_search
@@ -91,6 +93,13 @@ def check_search(job: SearchJob) -> None:
     space = space_of(job.options, job.model)
     if not job.options.budget.startswith("latency-ms"):
         budget_of(job.options, job.model, job.plan, space, job.progress)
+
+
+def search_budget(
+    options: ExportOptions, model: DiffusionModel, plan: QuantizationPlan
+) -> tuple[CostModel, Budget]:
+    """The cost model and the budget as a number, for who only wants to know."""
+    return budget_of(options, model, plan, space_of(options, model), Silent())
 
 
 def space_of(options: ExportOptions, model: DiffusionModel) -> SearchSpace:

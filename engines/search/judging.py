@@ -15,9 +15,9 @@ from ...calibrate.search.store import CandidateStore
 from ...errors import StepError
 from ...files import sha256_of_file, sha256_of_json
 from ..fid_files import FidFiles
+from .sizes import JUDGED_IMAGES
 from .task import SearchTask
 
-_IMAGES = {"cpu": 16, "cuda": 256}
 _AT_ONCE = 256  # images a denoiser call on a GPU
 
 
@@ -26,7 +26,7 @@ def judged_images(task: SearchTask) -> int:
     kind = "cuda" if task.on_gpu else "cpu"
     if task.options.search_method == "sensitivity" and task.options.search_images:
         return max(2, task.options.search_images)
-    return _IMAGES[kind]
+    return JUDGED_IMAGES[kind]
 
 
 def judge_plans(

@@ -17,10 +17,10 @@ from ...calibrate.search.weight_cache import WeightCache
 from ...calibrate.trajectories import CalibrationSet
 from ...progress import Progress
 from ..options import ExportOptions
+from .sizes import LEVEL_STEPS
 
 # Seeds apart from the proof's and the calibration's: a plan must not be chosen on the proof's noise
 SEED_OFFSET = 1 << 20
-_STEPS = 10  # of the sampler, in measuring and judging; quality ranks alike at more
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SearchTask:
         """The proof's sampler with fewer steps and noise of its own."""
         options = self.options
         return SamplingSettings(
-            num_inference_steps=min(_STEPS, options.num_inference_steps),
+            num_inference_steps=min(LEVEL_STEPS, options.num_inference_steps),
             guidance_scale=options.guidance_scale,
             seed=options.seed + SEED_OFFSET,
             scheduler=options.scheduler,

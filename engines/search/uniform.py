@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from ...calibrate.plan import uniform_plan
 from ...errors import InputError
-from .found import UNIFORM_GROUPS, Labelled
+from .found import Labelled
+from .sizes import UNIFORM_GROUPS
 from .task import SearchTask
 
 
