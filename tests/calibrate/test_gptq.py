@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdit.calibrate.gptq import GptqSettings, Order, block_spans, gptq
+from qdit.calibrate.column_loop import ColumnLoops
+from qdit.calibrate.gptq import (
+    GptqSettings,
+    Order,
+    block_spans,
+    factor_for,
+    gptq,
+    solve,
+    solve_groups,
+)
 from qdit.calibrate.quantizers import best_clipping, quantize_weight_mse, quantize_weight_nearest
 from qdit.calibrate.schemes import LayerScheme
 from qdit.errors import InputError
@@ -282,3 +291,33 @@ def test_a_group_that_does_not_divide_is_refused() -> None:
 def test_senseless_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         GptqSettings(**settings)
+
+
+@pytest.mark.parametrize("order", ["activation", "natural"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("clipped", [False, True], ids=["full range", "clipped"])
+def test_stacked_group_sizes_equal_each_by_itself(
+    order: Order, symmetric: bool, clipped: bool
+) -> None:
+    weight, hessian = weight_of(12, 128), hessian_of(correlated_inputs(300, 128))
+    settings = GptqSettings(block_size=48, order=order, clipped=clipped)
+    factor = factor_for(hessian, settings)
+    groups: list[int | str] = [32, 64, "channel"]
+    schemes = [LayerScheme(weight_group=g, weight_symmetric=symmetric) for g in groups]
+    stacked = solve_groups(weight, factor, schemes, settings, ColumnLoops())
+    for scheme, found in zip(schemes, stacked, strict=True):
+        alone = solve(weight, factor, scheme, settings, ColumnLoops())
+        assert torch.equal(found.values, alone.values)
+        assert torch.equal(found.scale, alone.scale)
+        if not symmetric:
+            assert found.zero_point is not None
+            assert alone.zero_point is not None
+            assert torch.equal(found.zero_point, alone.zero_point)
+
+
+def test_schemes_that_differ_in_more_than_the_group_are_not_stacked() -> None:
+    weight, hessian = weight_of(4, 64), hessian_of(correlated_inputs(200, 64))
+    settings = GptqSettings()
+    schemes = [LayerScheme(weight_bits=bits, weight_group=32) for bits in (4, 3)]
+    with pytest.raises(ValueError, match="differ in the weight group only"):
+        solve_groups(weight, factor_for(hessian, settings), schemes, settings, ColumnLoops())

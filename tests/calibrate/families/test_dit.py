@@ -294,3 +294,21 @@ class TestBuild:
         logging.getLogger("diffusers").addHandler(caplog.handler)
         make().to(torch.float16)
         assert not caplog.records
+
+
+@pytest.mark.parametrize("patch_size", [2, 4])
+@pytest.mark.parametrize("out_channels", [4, 8], ids=["noise only", "learned sigma"])
+def test_the_blocks_and_what_is_around_them_are_the_whole_model(
+    patch_size: int, out_channels: int
+) -> None:
+    torch.manual_seed(0)
+    denoiser = FAMILY.build(CONFIG | {"patch_size": patch_size, "out_channels": out_channels})
+    for parameter in denoiser.parameters():
+        parameter.data.normal_(std=0.1)
+    FAMILY.tie_shared_modules(denoiser)
+    inputs = FAMILY.example_inputs(denoiser, 3, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        state = FAMILY.before_blocks(denoiser, *inputs)
+        for block in FAMILY.blocks(denoiser):
+            state = BlockInputs(FAMILY.run_block(block, state), state.shared)
+        assert torch.equal(FAMILY.after_blocks(denoiser, state), FAMILY.forward(denoiser, *inputs))
