@@ -160,6 +160,20 @@ def test_dry_run_writes_nothing(
     assert not output.exists()
 
 
+def test_dry_run_says_what_would_be_searched(
+    small_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    arguments = [str(small_model), "--group-size", "32", "--dry-run", "--output", str(output)]
+    assert run("export", *arguments, "--budget", "effective-bits=g32") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    # 14 linears, all activations at once, and full precision
+    assert "search: sensitivity, at most 4.5 bits per weight; 16 measured trajectories" in printed
+    assert run("export", *arguments, "--budget", "effective-bits=3") == 2
+    assert "at least the cheapest plan's" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

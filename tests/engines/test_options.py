@@ -95,3 +95,40 @@ def test_bad_config_files(tmp_path: Path, name: str, text: str, message: str) ->
 def test_a_missing_config_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the config file"):
         read_config(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("given", "method"),
+    [
+        ({}, "none"),
+        ({"budget": "effective-bits=4.25"}, "sensitivity"),
+        ({"pareto": True}, "sensitivity"),
+        ({"search": "none"}, "none"),
+        ({"search": "evolutionary", "budget": "bytes=g64"}, "evolutionary"),
+    ],
+    ids=["nothing", "budget", "front", "none", "named"],
+)
+def test_a_budget_or_a_front_asks_for_a_search(given: dict[str, object], method: str) -> None:
+    options = build_options(ExportOptions, given)
+    assert options.search_method == method
+    options.check_search()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"search_refine": 3}, "--search-refine is read by --search sensitivity or evolutionary"),
+        ({"search": "none", "budget": "bytes=1e9"}, "--budget is read by .* got --search none"),
+        ({"search": "sensitivity", "ray_address": "local"}, "read by --search evolutionary"),
+        ({"search": "evolutionary", "pareto": True}, "--pareto is read by --search sensitivity"),
+        ({"search": "sensitivity", "plan": Path("p.json")}, "either given or searched for"),
+        ({"budget": "bitops=1e9", "latency_target": "torch"}, "a budget of latency-ms, got"),
+        ({"search": "evolutionary", "refine_by": "fid"}, "--refine-by judges two plans or more"),
+        ({"search": "sensitivity", "search_refine": 1, "refine_by": "fid"}, "got --search-refine"),
+        ({"budget": "effective-bits"}, "a budget must be KIND=VALUE"),
+    ],
+)
+def test_flags_that_nothing_would_read_are_refused(given: dict[str, object], message: str) -> None:
+    options = build_options(ExportOptions, given)
+    with pytest.raises(InputError, match=message):
+        options.check_search()
