@@ -120,7 +120,7 @@ Budget = Annotated[
 ]
 Pareto = Annotated[
     bool,
-    typer.Option("--pareto", help="Write the whole front, cost against quality, to pareto.json."),
+    typer.Option("--pareto", help="Write the front, cost against quality, and its plans."),
 ]
 SearchImages = Annotated[
     int | None,

@@ -29,11 +29,10 @@ from ..report.search_schema import SEARCH_NAME, SearchEntry, read_search
 from ..workspace import Workspace
 from .budgets import budget_of
 from .found import Found
-from .record import search_entry, write_front
+from .record import FRONT_FOLDER, FRONT_NAME, search_entry, write_front
 from .task import SearchTask
 
 PLAN_NAME = "plan.json"
-FRONT_NAME = "pareto.json"
 _TARGET = "qdq"  # always written; `budget` keeps to what it can express
 _SECONDS = "seconds.json"
 # Weights, measurements and judged plans, each under keys of its own: kept from one budget to the
@@ -77,6 +76,10 @@ def find_plan(job: SearchJob, calibration: CalibrationSet) -> tuple[Quantization
         if (folder / name).is_file():
             job.workspace.output.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, job.workspace.output / name)
+    if (folder / FRONT_FOLDER).is_dir():
+        front = job.workspace.output / FRONT_FOLDER
+        shutil.rmtree(front, ignore_errors=True)
+        shutil.copytree(folder / FRONT_FOLDER, front)
     _say(job.progress, entry)
     return plan, entry
 
@@ -148,7 +151,7 @@ def _search(job: SearchJob, space: SearchSpace, calibration: CalibrationSet, fol
     if not task.budget.allows(task.costs.total(found.chosen)):
         raise ValueError("the search chose a plan beyond its budget")
     if job.options.pareto:
-        write_front(task, found, folder / FRONT_NAME)
+        write_front(task, found, folder)
     search_entry(task, found, time.perf_counter() - started).write(folder / SEARCH_NAME)
     found.chosen.write(folder / PLAN_NAME)
     release_memory()

@@ -1,4 +1,4 @@
-"""The record of a search: `search.json` for people and reports, `pareto.json` for `--plan`."""
+"""The record of a search: `search.json` for reports, `pareto.json` and its plans for `--plan`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from ..report.search_schema import (
 from .found import Found
 from .task import SearchTask
 from .uniform import uniform_plans
+
+FRONT_NAME, FRONT_FOLDER = "pareto.json", "pareto"
 
 
 def search_entry(task: SearchTask, found: Found, seconds: float) -> SearchEntry:
@@ -76,19 +78,23 @@ def search_entry(task: SearchTask, found: Found, seconds: float) -> SearchEntry:
     )
 
 
-def write_front(task: SearchTask, found: Found, path: Path) -> None:
-    """`pareto.json`: every point's cost, prediction and whole plan, as `--plan` reads it."""
-    points = [
-        {
-            "cost": task.costs.total(plan),
-            "unit": task.costs.unit,
-            "effective_weight_bits": task.bits_of(plan),
-            "predicted_psnr_db": _predicted_psnr(found, plan),
-            "plan": plan.to_json(),
-        }
-        for plan in found.front
-    ]
-    write_json(path, {"version": 1, "budget": task.costs.kind, "points": points})
+def write_front(task: SearchTask, found: Found, folder: Path) -> None:
+    """`pareto.json`, every point's cost and prediction, and its plan in a file of its own beside
+    it (`pareto/03.json`), ready for `--plan`."""
+    points = []
+    for number, plan in enumerate(found.front):
+        name = f"{FRONT_FOLDER}/{number:02d}.json"
+        plan.write(folder / name)
+        points.append(
+            {
+                "plan": name,
+                "cost": task.costs.total(plan),
+                "effective_weight_bits": task.bits_of(plan),
+                "predicted_psnr_db": _predicted_psnr(found, plan),
+            }
+        )
+    front = {"version": 1, "budget": task.costs.kind, "unit": task.costs.unit, "points": points}
+    write_json(folder / FRONT_NAME, front)
 
 
 def _front(task: SearchTask, found: Found) -> tuple[FrontEntry, ...]:

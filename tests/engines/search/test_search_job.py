@@ -165,7 +165,7 @@ def test_the_front_rises_and_its_plans_cost_what_they_say(found: Path) -> None:
     quality = [point["predicted_psnr_db"] for point in points]
     assert quality == sorted(quality)
     for point in points:
-        plan = QuantizationPlan.from_json(point["plan"])
+        plan = QuantizationPlan.from_json(json.loads((found / point["plan"]).read_text()))
         plan.check(linears)
         assert plan.effective_weight_bits(linears) == pytest.approx(point["cost"])
 
