@@ -238,5 +238,7 @@ def _row(
     row = np.concatenate([part - base for part, base in zip(picked, least, strict=True)])
     left = limit - math.fsum(least)
     largest = float(row.max())
-    scale = most / largest if largest > 0 else 1.0
-    return row * scale, left * scale
+    if largest == 0:
+        return row, left
+    # divided first: the reciprocal of a denormal number is infinite
+    return row / largest * most, left / largest * most

@@ -80,6 +80,16 @@ def test_breaks_ties_by_the_second_cost(problem: tuple[dict, dict, dict, float])
     assert totals((ties, ties), choice)[0] <= least + 1e-6 * max(max(r) for r in ties.values())
 
 
+@pytest.mark.parametrize("smallest", [5e-324, 3.5e-312, 1e-300], ids=str)
+def test_differences_without_a_finite_reciprocal(smallest: float) -> None:
+    errors = {"a": [0.0, smallest, 2 * smallest], "b": [1e-10]}
+    costs = {"a": [2.0, 1.0, 0.0], "b": [0.1]}
+    for budget, chosen in ((2.1, 0), (1.1, 1), (0.1, 2)):
+        assert solve(errors, costs, budget)["a"] == chosen
+    alike = {"a": [2 * smallest, smallest, 0.0], "b": [0.0]}  # costs that only differ so little
+    assert solve({"a": [0.0, 1.0, 2.0], "b": [0.0]}, alike, smallest)["a"] == 1
+
+
 def test_never_infeasible_by_a_rounding_error() -> None:
     # three times 0.1 is above 0.3 in floating point by 1.1e-16, which is forgiven; 1e-8 is not
     errors = {name: [0.0, 1.0] for name in "abc"}
