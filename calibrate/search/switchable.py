@@ -44,7 +44,9 @@ class SwitchableLinear(nn.Module):
         like = self._linear.weight.detach()
         self._weight = like
         if weight is not None:
-            self._weight = weight.to(like.device).dequantize(like.dtype)
+            # rounded to the dtype once, as `QuantizedLinear` does
+            wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._weight = weight.to(like.device).dequantize(wide).to(like.dtype)
         quantizes = activation is not None and activation.quantizes_activations
         self._scheme = activation if quantizes else None
 
