@@ -48,15 +48,6 @@ class WeightCache:
     digest: str
     errors: Mapping[str, Mapping[WeightGroup, LayerError]] = field(default_factory=dict)
 
-    @property
-    def byte_size(self) -> int:
-        """Bytes that the unpacked weights take in memory."""
-        return sum(
-            weight.values.nbytes + weight.scale.nbytes
-            for groups in self.weights.values()
-            for weight in groups.values()
-        )
-
 
 def build_weight_cache(
     model: DiffusionModel,
