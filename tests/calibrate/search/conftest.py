@@ -21,6 +21,7 @@ from qdit.calibrate.search.fitness import FitnessSettings
 from qdit.calibrate.search.payload import EvaluatorPayload, make_payload
 from qdit.calibrate.search.space import SearchSpace, search_space
 from qdit.calibrate.search.weight_cache import WeightCache, build_weight_cache
+from qdit.calibrate.trajectories import CalibrationSet
 
 _LAYERS: tuple[tuple[str, Role, int, int, str], ...] = (
     ("norm1.linear", "adaln", 1, 6, "norm1.linear"),
@@ -82,9 +83,11 @@ def tiny(
 ) -> TinySearch:
     """Six images of 8×8 in two steps a candidate: some 50 ms."""
     model = make_model()
-    # diffusers' zero-initialized output layers would make every image independent of the linears
+    # diffusers' zero-initialized output layers would make every image independent of the linears;
+    # no two parameters are alike, or a mix-up of linears or blocks would pass unseen
+    random = torch.Generator().manual_seed(0)
     for parameter in model.denoiser.parameters():
-        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+        parameter.data.normal_(std=0.1, generator=random)
     space = search_space(model.linears, LayerScheme(), "w4a8")
     cache = build_weight_cache(model, space, "nearest", None)
     features = quadrant_means(tmp_path_factory.mktemp("features") / "quadrants.onnx")
@@ -95,6 +98,18 @@ def tiny(
         model, cache, settings, features=features, reference=reference, threads=1
     )
     return TinySearch(model, space, cache, reference, features, payload)
+
+
+@pytest.fixture(scope="session")
+def calibration(tiny: TinySearch) -> CalibrationSet:
+    """Twelve random inputs."""
+    family, denoiser = tiny.model.family, tiny.model.denoiser
+    return CalibrationSet(*family.example_inputs(denoiser, 12, torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(scope="session")
+def gptq_cache(tiny: TinySearch, calibration: CalibrationSet) -> WeightCache:
+    return build_weight_cache(tiny.model, tiny.space, "gptq", calibration)
 
 
 def quadrant_means(path: Path) -> Path:

@@ -1,10 +1,9 @@
-"""Cached weights and the denoisers made of them, against weights and simulations made singly."""
+"""Denoisers made of cached weights, against simulations made singly."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,122 +12,19 @@ import torch
 from qdit.calibrate.blockwise import quantize_model
 from qdit.calibrate.model import DiffusionModel
 from qdit.calibrate.quantizers import quantize_weight_nearest
-from qdit.calibrate.schemes import LayerScheme
-from qdit.calibrate.search import weight_cache as weight_cache_module
+from qdit.calibrate.schemes import LayerScheme, ScaleDtype
 from qdit.calibrate.search.quantized_candidate import QuantizedCandidate
 from qdit.calibrate.search.space import SearchSpace, search_space
-from qdit.calibrate.search.switchable import CandidateDenoiser
+from qdit.calibrate.search.switchable import CandidateDenoiser, SwitchableLinear
 from qdit.calibrate.search.weight_cache import WeightCache, build_weight_cache
-from qdit.calibrate.simulate import install_quantized_linears
+from qdit.calibrate.simulate import QuantizedLinear, install_quantized_linears
 from qdit.calibrate.trajectories import CalibrationSet
-from qdit.errors import InputError
-
-
-@pytest.fixture(scope="module")
-def calibration(tiny: Any) -> CalibrationSet:
-    """Twelve random inputs."""
-    family, denoiser = tiny.model.family, tiny.model.denoiser
-    return CalibrationSet(*family.example_inputs(denoiser, 12, torch.Generator().manual_seed(1)))
-
-
-@pytest.fixture(scope="module")
-def gptq_cache(tiny: Any, calibration: CalibrationSet) -> WeightCache:
-    return build_weight_cache(tiny.model, tiny.space, "gptq", calibration)
 
 
 def run(model: DiffusionModel, denoiser: torch.nn.Module) -> torch.Tensor:
     inputs = model.family.example_inputs(model.denoiser, 3, torch.Generator().manual_seed(2))
     with torch.no_grad():
         return model.family.forward(denoiser, *inputs)
-
-
-def test_every_linear_has_every_group_of_its_space(tiny: Any, gptq_cache: WeightCache) -> None:
-    for name in tiny.space.choices:
-        assert tuple(gptq_cache.weights[name]) == tiny.space.weight_groups(name)
-        for group, weight in gptq_cache.weights[name].items():
-            k = weight.values.shape[1]
-            assert weight.group_size == (k if group == "channel" else group)
-            output = gptq_cache.errors[name][group].output
-            assert output is not None
-            assert 0 < output < 1
-
-
-def test_finer_groups_err_less_on_the_outputs(tiny: Any, gptq_cache: WeightCache) -> None:
-    finest = coarsest = 0.0
-    for errors in gptq_cache.errors.values():
-        values = [error.output or 0.0 for error in errors.values()]
-        finest, coarsest = finest + values[0], coarsest + values[-1]
-    assert finest < coarsest
-
-
-@pytest.mark.parametrize("group", [32, 64])
-def test_the_first_block_equals_an_export_s_gptq(
-    group: int, tiny: Any, calibration: CalibrationSet, gptq_cache: WeightCache
-) -> None:
-    """Nothing before the first block is quantized, and weight-only plans leave inputs alone, so
-    its Hessians are the export's own."""
-    fresh = copy.copy(tiny.model)
-    fresh.denoiser = copy.deepcopy(tiny.model.denoiser)
-    genome = [
-        next(
-            place
-            for place, choice in enumerate(tiny.space.choices[spec.name])
-            if choice.weight_group_size(spec.in_features) == group
-        )
-        for spec in tiny.space.linears
-    ]
-    plan = tiny.space.plan(genome)
-    plan = type(plan)(plan.bits, {name: own.weight_only() for name, own in plan.layers.items()})
-    result = quantize_model(fresh, plan, "gptq", calibration)
-    for spec in tiny.space.linears:
-        if spec.block == 0:
-            ours = gptq_cache.weights[spec.name][plan[spec.name].weight_group]
-            theirs = result.weights[spec.name]
-            assert torch.equal(ours.values, theirs.values), spec.name
-            assert torch.equal(ours.scale, theirs.scale)
-
-
-def test_nearest_needs_no_calibration_and_is_round_to_nearest(tiny: Any) -> None:
-    for name, groups in tiny.cache.weights.items():
-        weight = tiny.model.denoiser.get_submodule(name).weight
-        for group, quantized in groups.items():
-            expected = quantize_weight_nearest(weight, LayerScheme(weight_group=group))
-            assert torch.equal(quantized.values, expected.values)
-            assert tiny.cache.errors[name][group].output is None
-
-
-def test_gptq_without_a_calibration_set_is_refused(tiny: Any) -> None:
-    with pytest.raises(InputError, match="gptq needs a calibration set, got none"):
-        build_weight_cache(tiny.model, tiny.space, "gptq", None)
-
-
-def test_finished_blocks_are_taken_over_by_the_same_search_only(
-    tiny: Any, calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    solved: list[int] = []
-    real = weight_cache_module.solve_groups
-
-    def counting(*arguments: Any) -> Any:
-        solved.append(1)
-        return real(*arguments)
-
-    monkeypatch.setattr(weight_cache_module, "solve_groups", counting)
-    first = build_weight_cache(tiny.model, tiny.space, "gptq", calibration, folder=tmp_path)
-    count = len(solved)
-    assert count > 0
-    again = build_weight_cache(tiny.model, tiny.space, "gptq", calibration, folder=tmp_path)
-    assert len(solved) == count
-    assert again.digest == first.digest
-    for name, groups in first.weights.items():
-        for group, weight in groups.items():
-            assert torch.equal(weight.values, again.weights[name][group].values)
-    (tmp_path / "block-0001.safetensors").unlink()  # as a kill in the second block leaves it
-    build_weight_cache(tiny.model, tiny.space, "gptq", calibration, folder=tmp_path)
-    assert count < len(solved) < 2 * count
-    other = CalibrationSet(*(part[:6] for part in calibration.tensors))
-    solved.clear()
-    build_weight_cache(tiny.model, tiny.space, "gptq", other, folder=tmp_path)
-    assert len(solved) == count
 
 
 def simulation(tiny: Any, plan: Any, weights: Any) -> torch.nn.Module:
@@ -197,3 +93,61 @@ def test_a_quantized_candidate_is_the_export_s_own_quantization(
     candidate.reset()
     assert torch.equal(run(tiny.model, candidate.module), before)
     assert torch.equal(run(tiny.model, tiny.model.denoiser), before)
+
+
+def test_a_quantized_candidate_starts_every_plan_from_full_precision(
+    tiny: Any, calibration: CalibrationSet
+) -> None:
+    first, second = tiny.plans(2)
+    once, twice = (QuantizedCandidate(tiny.model, "nearest", calibration) for _ in range(2))
+    twice.apply(first)
+    for candidate in (once, twice):
+        candidate.apply(second)
+    assert torch.equal(run(tiny.model, twice.module), run(tiny.model, once.module))
+
+
+def test_asymmetric_weights_and_activations_are_simulated_to_the_bit(tiny: Any) -> None:
+    scheme = LayerScheme(weight_symmetric=False, activation_symmetric=False)
+    space = search_space(tiny.model.linears, scheme, "w4a8")
+    cache = build_weight_cache(tiny.model, space, "nearest", None)
+    candidate = CandidateDenoiser(tiny.model, cache)
+    for group in (32, "channel"):
+        plan = space.plan(space.uniform(group))
+        weights = {n: cache.weights[n][s.weight_group] for n, s in plan.layers.items()}
+        candidate.apply(plan)
+        expected = run(tiny.model, simulation(tiny, plan, weights))
+        assert torch.equal(run(tiny.model, candidate.module), expected)
+
+
+def test_a_linear_left_at_16_bits_stays_as_it_is(tiny: Any) -> None:
+    left = "transformer_blocks.0.attn1.to_k"
+    full = LayerScheme(weight_bits=16, activation_bits=16)
+    choices = dict(tiny.space.choices) | {left: (full,)}
+    space = SearchSpace(tiny.space.linears, choices, "w4a8")
+    cache = build_weight_cache(tiny.model, space, "nearest", None)
+    candidate = CandidateDenoiser(tiny.model, cache)
+    plan = space.plan([0] * len(space.sizes))
+    weights = {n: cache.weights[n][plan[n].weight_group] for n in cache.weights}
+    expected = run(tiny.model, simulation(tiny, plan, weights))
+    candidate.apply(plan)
+    assert torch.equal(run(tiny.model, candidate.module), expected)
+    candidate.reset()
+    candidate.take(plan, weights)
+    assert torch.equal(run(tiny.model, candidate.module), expected)
+
+
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_weights_are_rounded_to_the_denoiser_s_dtype_once(
+    dtype: torch.dtype, scale_dtype: ScaleDtype, tiny: Any
+) -> None:
+    linear = tiny.model.denoiser.get_submodule("transformer_blocks.1.ff.net.2")
+    scheme = LayerScheme(weight_symmetric=False, weight_group=32, scale_dtype=scale_dtype)
+    quantized = quantize_weight_nearest(linear.weight, scheme)
+    own = copy.deepcopy(linear).to(dtype)
+    switchable = SwitchableLinear(own, {32: quantized})
+    switchable.use(32, scheme)
+    simulated = QuantizedLinear(scheme, quantized, own.bias, dtype)
+    x = torch.randn(7, 256, generator=torch.Generator().manual_seed(5)).to(dtype)
+    assert torch.equal(switchable(x), simulated(x))
+    assert torch.equal(switchable._weight, simulated.weight)
