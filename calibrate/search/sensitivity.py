@@ -97,13 +97,9 @@ def measure_sensitivity(
     run = _Measurement(candidate, kept, settings, batch_size, device)
     with exact_float32():
         weight = run.weights(space, weight_shapes, progress)
-        everything = sum(_at_measured(groups) for groups in weight.values())
+        everything = sum(groups[_nearest(list(groups))] for groups in weight.values())
         activation = run.activations(space, activation_shapes, everything, progress)
     return ErrorTable(weight, activation)
-
-
-def _at_measured(groups: Mapping[Any, float]) -> float:
-    return groups[min(groups, key=lambda group: abs(_size(group) - _MEASURED_AT))]
 
 
 class _Measurement:
@@ -152,8 +148,9 @@ class _Measurement:
         coarsest = {name: own[-1] for name, own in schemes.items() if own}
         if not coarsest:
             return {}
+        sides = sha256_of_json({name: _side(own) for name, own in coarsest.items()})
         together = self._error(
-            "all|activation|coarsest", {name: (None, own) for name, own in coarsest.items()}
+            f"all|activation|{sides}", {name: (None, own) for name, own in coarsest.items()}
         )
         if together < _NEGLIGIBLE * weight_error:
             whole = sum(shapes[name][own.activation_group] for name, own in coarsest.items())
@@ -163,7 +160,7 @@ class _Measurement:
         for name in tracked:
             group = _nearest([own.activation_group for own in schemes[name]])
             scheme = next(own for own in schemes[name] if own.activation_group == group)
-            error = self._error(f"{name}|activation|{group}", {name: (None, scheme)})
+            error = self._error(f"{name}|activation|{_side(scheme)}", {name: (None, scheme)})
             table[name] = _in_proportion(shapes[name], error, shapes[name][group])
         return table
 
@@ -206,6 +203,12 @@ def _in_proportion(shape: Mapping[Any, float], error: float, measured: float) ->
 
 def _nearest(groups: Sequence[Any]) -> Any:
     return min(groups, key=lambda group: abs(_size(group) - _MEASURED_AT))
+
+
+def _side(scheme: LayerScheme) -> str:
+    """The activation side: the cache, whose digest is in the key, knows the weight side only."""
+    symmetry = "symmetric" if scheme.activation_symmetric else "asymmetric"
+    return f"a{scheme.activation_bits} {scheme.activation_group} {symmetry}"
 
 
 def _size(group: WeightGroup | ActivationGroup) -> float:

@@ -16,14 +16,12 @@ from qdit.calibrate.sampling import SamplingSettings, sample_images
 from qdit.calibrate.schemes import LayerScheme
 from qdit.calibrate.search import sensitivity as sensitivity_module
 from qdit.calibrate.search.local_errors import activation_shapes, weight_shapes
-from qdit.calibrate.search.near_optima import near_optima
 from qdit.calibrate.search.sensitivity import (
     ErrorTable,
     SensitivitySettings,
     measure_sensitivity,
 )
-from qdit.calibrate.search.solver import solve
-from qdit.calibrate.search.space import search_space
+from qdit.calibrate.search.space import SearchSpace, search_space
 from qdit.calibrate.search.switchable import CandidateDenoiser
 from qdit.calibrate.search.weight_cache import build_weight_cache
 from qdit.calibrate.simulate import QuantizedInputLinear, QuantizedLinear, replace_linear
@@ -92,7 +90,9 @@ def test_a_weight_s_error_is_that_of_images_with_it_alone(tiny: Any, table: Erro
     )
 
 
-def test_activations_of_no_account_share_their_joint_error(tiny: Any, table: ErrorTable) -> None:
+def test_activations_of_no_account_share_their_joint_error(
+    tiny: Any, table: ErrorTable, inputs: dict[str, dict[Any, float]]
+) -> None:
     denoiser = copy.deepcopy(tiny.model.denoiser)
     coarsest = {n: s[-1] for n, s in tiny.space.choices.items() if s[-1].quantizes_activations}
     for name, scheme in coarsest.items():
@@ -102,6 +102,10 @@ def test_activations_of_no_account_share_their_joint_error(tiny: Any, table: Err
     assert sum(groups["token"] for groups in table.activation.values()) == pytest.approx(
         float(together), rel=1e-9
     )
+    for name, groups in table.activation.items():
+        for group, error in groups.items():
+            share = inputs[name][group] / sum(own["token"] for own in inputs.values())
+            assert error == pytest.approx(float(together) * share, rel=1e-9)
 
 
 def test_activations_that_count_are_measured_singly(tiny: Any, samples: CalibrationSet) -> None:
@@ -123,14 +127,15 @@ def test_activations_that_count_are_measured_singly(tiny: Any, samples: Calibrat
     assert found.activation[LINEAR][group] == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_candidate_is_full_precision_afterwards(
-    tiny: Any, inputs: dict[str, dict[Any, float]]
+def test_the_candidate_is_full_precision_before_and_afterwards(
+    tiny: Any, table: ErrorTable, inputs: dict[str, dict[Any, float]]
 ) -> None:
     candidate = CandidateDenoiser(tiny.model, tiny.cache)
     candidate.apply(tiny.plans(1)[0])
-    measure_sensitivity(
+    found = measure_sensitivity(
         candidate, tiny.space, weight_shapes(tiny.cache), inputs, SETTINGS, batch_size=2
     )
+    assert found == table
     assert torch.equal(images(tiny, candidate.module), images(tiny, tiny.model.denoiser))
 
 
@@ -210,24 +215,129 @@ def test_kept_measurements_are_not_made_again(
     assert len(calls) == len(tiny.space.choices) + 2
 
 
+@pytest.mark.parametrize(
+    "changes", [{"activation_bits": 4}, {"activation_symmetric": False}], ids=["a4", "asymmetric"]
+)
+def test_kept_weights_serve_other_activations_and_kept_activations_do_not(
+    changes: dict[str, Any],
+    tiny: Any,
+    samples: CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cache, of weights only, is the same: `--bits w4a4` after `--bits w4a8`."""
+    calls: list[int] = []
+    real = sensitivity_module.sample_images
+
+    def counting(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(sensitivity_module, "sample_images", counting)
+    scheme = LayerScheme(**changes)
+    space = search_space(tiny.model.linears, scheme, f"w4a{scheme.activation_bits}")
+    cache = build_weight_cache(tiny.model, space, "nearest", None)
+    assert cache.digest == tiny.cache.digest
+
+    def measure(own: SearchSpace, folder: Path | None) -> ErrorTable:
+        shapes = activation_shapes(tiny.model, own, samples)
+        candidate = CandidateDenoiser(tiny.model, cache)
+        calls.clear()
+        return measure_sensitivity(
+            candidate, own, weight_shapes(cache), shapes, SETTINGS, batch_size=2, folder=folder
+        )
+
+    first = measure(tiny.space, tmp_path)
+    fresh = measure(space, None)
+    without_folder = len(calls)
+    assert measure(space, tmp_path) == fresh
+    assert len(calls) == without_folder - len(tiny.space.choices)
+    assert measure(tiny.space, tmp_path) == first
+    assert not calls
+
+
+def test_measurements_of_other_weights_are_not_taken_over(
+    tiny: Any, table: ErrorTable, inputs: dict[str, dict[Any, float]], tmp_path: Path
+) -> None:
+    other = build_weight_cache(tiny.model, tiny.space, "mse", None)
+    runs = [(tiny.cache, tmp_path), (other, tmp_path), (other, None)]
+    _, kept, fresh = (
+        measure_sensitivity(
+            CandidateDenoiser(tiny.model, cache),
+            tiny.space,
+            weight_shapes(cache),
+            inputs,
+            SETTINGS,
+            batch_size=2,
+            folder=folder,
+        )
+        for cache, folder in runs
+    )
+    assert kept == fresh != table
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"key": 1}', '{"key": KEY}', '{"key": KEY, "errors": {"a": "x"}}', "\xff"],
+)
+def test_an_unreadable_record_is_measured_again(
+    content: str, tiny: Any, table: ErrorTable, inputs: dict[str, dict[Any, float]], tmp_path: Path
+) -> None:
+    def measure() -> ErrorTable:
+        candidate = CandidateDenoiser(tiny.model, tiny.cache)
+        return measure_sensitivity(
+            candidate,
+            tiny.space,
+            weight_shapes(tiny.cache),
+            inputs,
+            SETTINGS,
+            batch_size=2,
+            folder=tmp_path,
+        )
+
+    record = tmp_path / "sensitivity.json"
+    key = "no key"
+    if "KEY" in content:
+        measure()
+        key = json.loads(record.read_text("utf-8"))["key"]
+    record.write_bytes(content.replace("KEY", json.dumps(key)).encode("latin-1"))
+    assert measure() == table
+
+
+@pytest.mark.parametrize(
+    "vae", [torch.nn.Identity(), None], ids=["latents as they are", "pixels clamped"]
+)
+def test_images_are_compared_as_they_will_be_seen(
+    vae: torch.nn.Module | None, tiny: Any, inputs: dict[str, dict[Any, float]]
+) -> None:
+    latent = copy.copy(tiny.model)
+    latent.vae = vae  # nothing is decoded here
+    latent.scheduler_config = dict(tiny.model.scheduler_config) | {"clip_sample": False}
+    candidate = CandidateDenoiser(latent, tiny.cache)
+    found = measure_sensitivity(
+        candidate, tiny.space, weight_shapes(tiny.cache), inputs, SETTINGS, batch_size=2
+    )
+    denoiser = copy.deepcopy(tiny.model.denoiser)
+    linear: Any = denoiser.get_submodule(LINEAR)
+    linear.weight.data.copy_(tiny.cache.weights[LINEAR][32].dequantize())
+    changed, full = (
+        sample_images(
+            latent,
+            latent.as_denoiser(own),
+            SETTINGS.sampling,
+            range(2),
+            batch_size=2,
+            device="cpu",
+        ).double()
+        for own in (denoiser, tiny.model.denoiser)
+    )
+    assert full.abs().max() > 1
+    if vae is None:
+        changed, full = changed.clamp(-1, 1), full.clamp(-1, 1)
+    expected = float((changed - full).square().mean())
+    assert found.weight[LINEAR][32] == pytest.approx(expected, rel=1e-9)
+
+
 def test_no_images_are_refused() -> None:
     with pytest.raises(InputError, match="at least 1 image, got 0"):
         SensitivitySettings(SamplingSettings(2, 1.0, 0), images=0)
-
-
-ERRORS = {f"layer {i}": [1.0 / (j + 1 + 0.1 * i) for j in range(4)] for i in range(5)}
-COSTS = {f"layer {i}": [1.0 + j for j in range(4)] for i in range(5)}
-
-
-def test_near_optima_start_with_the_optimum_and_keep_the_budget() -> None:
-    plans = near_optima(ERRORS, COSTS, 11.0, 6)
-    assert plans[0] == solve(ERRORS, COSTS, 11.0)
-    assert len({tuple(plan.values()) for plan in plans}) == len(plans) > 1
-    for plan in plans:
-        assert sum(COSTS[name][gene] for name, gene in plan.items()) <= 11.0
-    assert near_optima(ERRORS, COSTS, 11.0, 6) == plans
-    assert near_optima(ERRORS, COSTS, 11.0, 6, seed=1)[0] == plans[0]
-
-
-def test_fewer_near_optima_come_back_where_there_is_one_plan() -> None:
-    assert len(near_optima(ERRORS, COSTS, 5.0, 4)) == 1
