@@ -33,7 +33,7 @@ from .trajectories import CalibrationSet
 Method = Literal["gptq", "mse", "nearest"]
 
 # Part of the resume key: raise it when the same inputs would give other weights.
-RESULTS_VERSION = 1
+RESULTS_VERSION = 2
 _SILENT = Silent()
 
 

@@ -89,10 +89,12 @@ def range_parameters(
     """
     integers = IntegerRange.of(bits, symmetric)
     low, high = low.clamp(max=0), high.clamp(min=0)
+    # a tensor: on CUDA a number would be divided by as a product with its rounded reciprocal
+    steps = low.new_full((), integers.steps)
     if symmetric:
-        scale = torch.maximum(-low, high) / integers.steps
+        scale = torch.maximum(-low, high) / steps
         return round_scale(scale, scale_dtype), torch.zeros_like(scale)
-    scale = round_scale((high - low) / integers.steps, scale_dtype)
+    scale = round_scale((high - low) / steps, scale_dtype)
     return scale, (-torch.round(low / scale)).clamp(integers.low, integers.high)
 
 

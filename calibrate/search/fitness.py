@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -147,20 +148,24 @@ class Evaluator:
     def _measure(self, full: list[Tensor], keep: list[Tensor] | None = None) -> Fitness:
         """Sample all images, batch by batch; `full` are the batches to compare with, if any."""
         started = time.perf_counter()
-        features: list[Array] = []
+        features: list[Future[Array]] = []
         squared_error = 0.0
-        for number, images in enumerate(self._batches()):
-            if not torch.isfinite(images).all():
-                return Fitness(math.inf, None, time.perf_counter() - started)
-            if self._extractor is not None:
-                features.append(self._extractor(images))
-            if full:
-                squared_error += float(
-                    (images - full[number]).double().square().mean((1, 2, 3)).sum()
-                )
-            if keep is not None:
-                keep.append(images)
-        fid = self._fid(features)
+        # on a GPU beside the next batch's sampling, which leaves the CPU idle
+        with ThreadPoolExecutor(max_workers=1) as beside:
+            for number, images in enumerate(self._batches()):
+                if not torch.isfinite(images).all():
+                    return Fitness(math.inf, None, time.perf_counter() - started)
+                if self._extractor is not None:
+                    features.append(beside.submit(self._extractor, images))
+                    if self._device.type == "cpu":
+                        features[-1].result()
+                if full:
+                    squared_error += float(
+                        (images - full[number]).double().square().mean((1, 2, 3)).sum()
+                    )
+                if keep is not None:
+                    keep.append(images)
+        fid = self._fid([batch.result() for batch in features])
         error = squared_error / self.settings.samples if full else None
         return Fitness(fid, psnr(error), time.perf_counter() - started)
 

@@ -34,7 +34,7 @@ from .switchable import CandidateDenoiser
 from .weight_cache import WeightCache
 
 # Raise it when the same inputs give another fitness than before: stored candidates are then void.
-FITNESS_VERSION = 1
+FITNESS_VERSION = 2
 # torch allocates so, and kernels may sum in another order where data lies otherwise
 _ALIGNMENT = 64
 

@@ -15,13 +15,15 @@ from ..plan import QuantizationPlan
 from ..quantizers import QuantizedWeight, fake_quantize_activation
 from ..schemes import LayerScheme, WeightGroup
 from ..simulate import replace_linear
+from .graphed import GraphedForward
 from .weight_cache import WeightCache
 
 
 class SwitchableLinear(nn.Module):
     """A linear [..., K] → [..., N] with full-precision weights and cached quantized ones.
 
-    Starts in full precision. `use` computes what `simulate.QuantizedLinear` computes.
+    Starts in full precision. `use` computes what `simulate.QuantizedLinear` computes. On CUDA the
+    weight in use has one address for good, where a captured graph finds every next one.
     """
 
     def __init__(
@@ -30,7 +32,8 @@ class SwitchableLinear(nn.Module):
         super().__init__()
         self._linear = linear
         self._weights = weights
-        self._weight: Tensor = linear.weight.detach()
+        own = linear.weight.detach()
+        self._weight: Tensor = own.clone() if own.is_cuda else own
         self._scheme: LayerScheme | None = None
         self._quantize = fake_quantize_activation
         if fast:
@@ -41,14 +44,22 @@ class SwitchableLinear(nn.Module):
 
     def take(self, weight: QuantizedWeight | None, activation: LayerScheme | None) -> None:
         """Take a weight [N, K] that is not in the cache, and quantize inputs as `use` does."""
-        like = self._linear.weight.detach()
-        self._weight = like
+        own = like = self._linear.weight.detach()
         if weight is not None:
             # rounded to the dtype once, as `QuantizedLinear` does
             wide = torch.float64 if like.dtype == torch.float64 else torch.float32
-            self._weight = weight.to(like.device).dequantize(wide).to(like.dtype)
+            own = weight.to(like.device).dequantize(wide).to(like.dtype)
+        if like.is_cuda:
+            self._weight.copy_(own)
+        else:
+            self._weight = own
         quantizes = activation is not None and activation.quantizes_activations
         self._scheme = activation if quantizes else None
+
+    @property
+    def activation(self) -> LayerScheme | None:
+        """How inputs are quantized now; None leaves them as they are."""
+        return self._scheme
 
     def use(self, weight_group: WeightGroup | None, activation: LayerScheme | None) -> None:
         """Take the cached weights of `weight_group`, and quantize inputs as `activation` says;
@@ -66,6 +77,8 @@ class CandidateDenoiser:
 
     `fast` compiles everything around the products and runs those in float16 (CUDA): errors of
     2⁻¹¹, far below 4-bit weights', and results differ from the exact ones by rounding flips.
+    On CUDA the denoiser runs as a graph, captured anew only where activations are quantized
+    otherwise than before: other weights take the places of the last ones.
     The copy shares the full-precision parameters with the model.
     """
 
@@ -92,6 +105,11 @@ class CandidateDenoiser:
         if fast:
             compiled = torch.compile(denoiser.forward, dynamic=False)
             denoiser.forward = torch.autocast("cuda", torch.float16)(compiled)
+        if torch.device(device).type == "cuda":
+            denoiser.forward = GraphedForward(denoiser.forward, self._activations)
+
+    def _activations(self) -> tuple[LayerScheme | None, ...]:
+        return tuple(linear.activation for linear in self.linears.values())
 
     def apply(self, plan: QuantizationPlan) -> None:
         """Become the simulation of `plan`, with the cache's weights."""

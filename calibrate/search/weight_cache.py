@@ -32,7 +32,7 @@ from ..trajectories import CalibrationSet
 from .space import SearchSpace
 
 # Part of the key: raise it when the same inputs would give other weights.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 _SILENT = Silent()
 
 

@@ -24,7 +24,7 @@ from .sizes import REFINE
 from .task import SEED_OFFSET, SearchTask
 from .uniform import uniform_plans
 
-_AT_ONCE = {"cpu": 50, "cuda": 800}
+_AT_ONCE = {"cpu": 50, "cuda": 400}  # on a GPU one batch is sampled beside another's features
 
 
 def search_by_evolution(task: SearchTask, files: FidFiles) -> Found:
