@@ -1,4 +1,4 @@
-"""Atomic writes and hashes: a killed process leaves either the old file or the new one."""
+"""Atomic writes, hashes and the cache: a killed process leaves the old file or the new one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+CACHE_VARIABLE = "QDIT_CACHE"
 _CHUNK = 1 << 20
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of what may be made again: in `$QDIT_CACHE`, by default `~/.cache/qdit`."""
+    root = os.environ.get(CACHE_VARIABLE)
+    return (Path(root) if root else Path.home() / ".cache" / "qdit") / name
 
 
 @contextmanager

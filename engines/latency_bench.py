@@ -10,7 +10,6 @@ and nothing is smoothed or made monotone in the group size, since real kernels a
 
 from __future__ import annotations
 
-import os
 import re
 import statistics
 import tempfile
@@ -31,13 +30,13 @@ from ..calibrate.simulate import QuantizedLinear
 from ..errors import ArtifactError, InputError
 from ..export.contents import LinearContents
 from ..export.single_linear import INPUT_NAME, export_single_linear
+from ..files import cache_folder
 from ..progress import Progress, Silent
 from .benchmark.target import RunSettings
 from .benchmark.targets.onnxruntime_targets import OnnxRuntimeRunner
 from .machine import describe_machine, library_versions, usable_cores
 
 LATENCY_TARGETS = ("qdq", "torch")
-CACHE_VARIABLE = "QDIT_CACHE"
 
 _WARM_UP = 2
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_S = 5, 25, 0.03
@@ -80,8 +79,7 @@ def measure_latencies(
 
 def latency_folder() -> Path:
     """`$QDIT_CACHE/latency`, by default `~/.cache/qdit/latency`."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return (Path(root) if root else Path.home() / ".cache" / "qdit") / "latency"
+    return cache_folder("latency")
 
 
 def hardware_name(device: str, threads: int) -> str:

@@ -1,0 +1,130 @@
+// Thin wrappers of the PTX instructions that the kernels are made of (PTX ISA 8.0, sm_80 and sm_90a).
+// No CUDA header is included, so that NVRTC needs none.
+#pragma once
+
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using uint64 = unsigned long long;
+
+__device__ __forceinline__ uint32 shared_address(const void* pointer) {
+    return static_cast<uint32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void barrier_sync(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void load_matrix_x4(uint32 (&r)[4], uint32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ uint32 cluster_rank() {
+    uint32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::
+                     : "memory");
+}
+
+__device__ __forceinline__ void barrier_init(uint32 barrier, uint32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Makes initialized barriers visible to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void fence_barrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrive at the barrier of the same address in block `rank` of the cluster.
+__device__ __forceinline__ void barrier_arrive_cluster(uint32 barrier, uint32 rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nRETRY:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra DONE;\nbra RETRY;\nDONE:\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Copy `bytes` (a multiple of 16, both sides aligned to 16) into this block's shared memory.
+__device__ __forceinline__ void bulk_copy(uint32 to, const void* from, uint32 bytes, uint32 barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// The same into the shared memory of every block in `mask`, at the same offset.
+__device__ __forceinline__ void bulk_copy_multicast(
+    uint32 to, const void* from, uint32 bytes, uint32 barrier, uint16 mask) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
+        : "memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+template <int Registers>
+__device__ __forceinline__ void raise_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+template <int Registers>
+__device__ __forceinline__ void lower_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
+}
+
+// Matrix descriptor of a K-major operand in panels of 128 bytes a row with the 128-byte swizzle:
+// atoms of 8 rows, 1024 bytes apart (PTX ISA, 'Matrix Descriptor Format').
+__device__ __forceinline__ uint64 panel_descriptor(uint32 address) {
+    constexpr uint64 kSwizzle128 = 1ull << 62;
+    constexpr uint64 kAtomStride = static_cast<uint64>(1024 >> 4) << 32;
+    constexpr uint64 kLeadingUnused = 1ull << 16;
+    return kSwizzle128 | kAtomStride | kLeadingUnused | ((address & 0x3FFFF) >> 4);
+}
+
+__device__ __forceinline__ void store_matrix_x4_transposed(uint32 address, const uint32 (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     address),
+                 "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+#endif

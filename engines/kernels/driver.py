@@ -1,0 +1,143 @@
+"""Load compiled kernels into torch's CUDA context and launch them on torch's streams."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError, StepError
+from .compile import Defines, compile_kernel
+
+# One of a kernel's arguments: a device pointer (None is a null pointer), int32 or float32.
+Argument = Tensor | None | int | float
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kernel is compiled and tuned for. `architecture` as NVRTC spells it."""
+
+    index: int
+    name: str
+    architecture: str
+    multiprocessors: int
+    shared_bytes: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether warpgroup instructions exist: compute capability 9.0 and no other has them."""
+        return self.architecture == "sm_90a"
+
+
+@cache
+def gpu(index: int) -> Gpu:
+    """The CUDA device `index`. Raises `InputError` below compute capability 8.0."""
+    facts = torch.cuda.get_device_properties(index)
+    if facts.major < 8:
+        raise InputError(
+            f"the kernels need compute capability 8.0 or newer, {facts.name} has "
+            f"{facts.major}.{facts.minor}; use another GPU or --device cpu"
+        )
+    suffix = "a" if (facts.major, facts.minor) == (9, 0) else ""
+    return Gpu(
+        index,
+        facts.name,
+        f"sm_{facts.major}{facts.minor}{suffix}",
+        facts.multi_processor_count,
+        facts.shared_memory_per_block_optin,
+    )
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """The device that holds a tensor. Raises `InputError` for one that is not on CUDA."""
+    if not tensor.is_cuda:
+        raise InputError(f"the kernels run on CUDA tensors, got one on {tensor.device}")
+    return gpu(tensor.device.index)
+
+
+class Kernel:
+    """A loaded kernel: `launch` enqueues it on the current stream."""
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int) -> None:
+        driver = _driver()
+        self._driver = driver
+        self._module = _checked(driver, driver.cuModuleLoadData(code))
+        self._function = _checked(driver, driver.cuModuleGetFunction(self._module, name.encode()))
+        self._shared_bytes = shared_bytes
+        if shared_bytes > _SHARED_WITHOUT_ASKING:
+            attribute = driver.CUfunction_attribute
+            _checked(
+                driver,
+                driver.cuFuncSetAttribute(
+                    self._function,
+                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared_bytes,
+                ),
+            )
+
+    def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
+        """Run on `grid` blocks. Arguments in the kernel's order; nothing is checked against it."""
+        values, types = zip(*(_marshalled(argument) for argument in arguments), strict=True)
+        stream = torch.cuda.current_stream().cuda_stream
+        _checked(
+            self._driver,
+            self._driver.cuLaunchKernel(
+                self._function,
+                *(*grid, 1),
+                *(threads, 1, 1),
+                self._shared_bytes,
+                stream,
+                (values, types),
+                0,
+            ),
+        )
+
+
+def load_kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: Gpu) -> Kernel:
+    """The kernel `name` of `file` for this GPU, compiled unless it is in the cache."""
+    return _load(file, name, tuple(sorted(defines.items())), shared_bytes, device)
+
+
+@cache
+def _load(
+    file: str, name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: Gpu
+) -> Kernel:
+    torch.cuda.init()
+    with torch.cuda.device(device.index):
+        torch.empty(1, device="cuda")  # makes torch's context current, into which modules load
+        return Kernel(compile_kernel(file, dict(defines), device.architecture), name, shared_bytes)
+
+
+_SHARED_WITHOUT_ASKING = 48 << 10
+
+
+def _marshalled(argument: Argument) -> tuple[int | float, Any]:
+    if argument is None:
+        return 0, ctypes.c_void_p
+    if isinstance(argument, Tensor):
+        return argument.data_ptr(), ctypes.c_void_p
+    if isinstance(argument, float):
+        return argument, ctypes.c_float
+    return argument, ctypes.c_int32
+
+
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise InputError(
+            "the CUDA kernels need cuda-bindings; install them with `pip install 'qdit[gpu]'`"
+        ) from error
+    return driver
+
+
+def _checked(driver: Any, result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise StepError(f"the CUDA driver failed: {status.name}")
+    return values[0] if values else None
