@@ -3,11 +3,13 @@
 Shapes, for a linear with weight [N, K] and input [..., K]:
 
 * weight group g → one scale (and zero point) per output channel and group: [N, K/g];
-  'channel' → [N, 1].
+  'channel' → [N, 1]. With `scale_format` 'integer' the scales of a channel are small integers
+  [N, K/g] times one float [N, 1].
 * activation group g → one scale per token and group, computed at run time: [..., K/g];
   'token' → [..., 1].
 
-Source: Q-DiT (arXiv 2406.17343), section 3.2, with weight and activation groups kept apart.
+Source: Q-DiT (arXiv 2406.17343), section 3.2, with weight and activation groups kept apart; integer
+scales are the second level of QServe's progressive quantization (arXiv 2405.04532, section 4.1).
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ from ..errors import InputError
 WeightGroup = int | Literal["channel"]
 ActivationGroup = int | Literal["token"]
 ScaleDtype = Literal["float16", "float32"]
+ScaleFormat = Literal["float", "integer"]
 
 UNQUANTIZED_BITS = 16
 WEIGHT_BITS = (2, 3, 4, 6, 8, UNQUANTIZED_BITS)
 ACTIVATION_BITS = (4, 6, 8, UNQUANTIZED_BITS)
+# |q·m| ≤ 2^(b−1)·16 ≤ 128 for b ≤ 4, and the one value of 128 is negative: −8·16 fits int8.
+INTEGER_SCALE_BITS = (2, 3, 4)
+MULTIPLIER_BITS = 4
+LARGEST_MULTIPLIER = 1 << MULTIPLIER_BITS
 GROUP_SIZES = (32, 64, 96, 128, 144, 192, 256, 288, 384, 512, 576, 768, 1024, 1152)
 PRESETS = ("w8a8", "w6a8", "w4a8", "w3a8", "w4a6", "w4a4", "w8a16", "w4a16", "w16a16")
 
@@ -53,10 +60,15 @@ class LayerScheme:
     1. bits outside `WEIGHT_BITS` / `ACTIVATION_BITS`;
     2. a group outside `GROUP_SIZES` and 'channel' (weights) or 'token' (activations);
     3. quantized activations under 16-bit weights: no target runs such a product;
-    4. a scale dtype other than float16 or float32.
+    4. a scale dtype other than float16 or float32;
+    5. a scale format other than float or integer;
+    6. integer scales of weights outside `INTEGER_SCALE_BITS`: times 16 they would not fit int8;
+    7. integer scales of asymmetric weights: there is no zero point in an int8 product.
 
-    A 16-bit side has no groups; its group is normalized to 'channel' / 'token' and it counts as
-    symmetric, so that two schemes that do the same compare equal.
+    Two schemes that do the same compare equal, so what means nothing is normalized:
+
+    8. a 16-bit side has no groups: its group becomes 'channel' / 'token', and it is symmetric;
+    9. 16-bit weights have no scales, and 'channel' ones a single float: their format is 'float'.
     """
 
     weight_bits: int = 4
@@ -66,6 +78,7 @@ class LayerScheme:
     weight_symmetric: bool = True
     activation_symmetric: bool = True
     scale_dtype: ScaleDtype = "float16"
+    scale_format: ScaleFormat = "float"
 
     def __post_init__(self) -> None:
         _check_member("weight bits", self.weight_bits, WEIGHT_BITS)
@@ -75,6 +88,7 @@ class LayerScheme:
         _check_bool("weight_symmetric", self.weight_symmetric)
         _check_bool("activation_symmetric", self.activation_symmetric)
         _check_member("scale dtype", self.scale_dtype, get_args(ScaleDtype))
+        _check_member("scale format", self.scale_format, get_args(ScaleFormat))
         if not self.quantizes_weights and self.quantizes_activations:
             raise InputError(
                 f"{self.activation_bits}-bit activations need quantized weights, got weight bits "
@@ -87,6 +101,23 @@ class LayerScheme:
         if not self.quantizes_activations:
             object.__setattr__(self, "activation_group", "token")
             object.__setattr__(self, "activation_symmetric", True)
+        if self.weight_group == "channel":
+            object.__setattr__(self, "scale_format", "float")
+        if self.has_integer_scales:
+            self._check_integer_scales()
+
+    def _check_integer_scales(self) -> None:
+        if self.weight_bits not in INTEGER_SCALE_BITS:
+            raise InputError(
+                f"integer scales need weights of {_choices(INTEGER_SCALE_BITS)} bits, got "
+                f"{self.weight_bits}: times {LARGEST_MULTIPLIER} they must fit int8; use scale "
+                "format float"
+            )
+        if not self.weight_symmetric:
+            raise InputError(
+                "integer scales need symmetric weights, got asymmetric ones: an int8 product has "
+                "no zero points; use symmetric weights or scale format float"
+            )
 
     @property
     def quantizes_weights(self) -> bool:
@@ -97,11 +128,18 @@ class LayerScheme:
         return self.activation_bits != UNQUANTIZED_BITS
 
     @property
+    def has_integer_scales(self) -> bool:
+        """Whether group scales are an integer 1 … 16 a group times one float a channel."""
+        return self.scale_format == "integer"
+
+    @property
     def label(self) -> str:
-        """Short text for tables: 'w4 g64 · a8 token', with 'asym' where a side is asymmetric."""
+        """Short text for tables: 'w4 g64 · a8 token', with 'asym' where a side is asymmetric and
+        'int' where the group scales are integers."""
         if not self.quantizes_weights:
             return "w16 · a16"
         weight = f"w{self.weight_bits} {_group_label(self.weight_group)}"
+        weight += " int" if self.has_integer_scales else ""
         weight += "" if self.weight_symmetric else " asym"
         if not self.quantizes_activations:
             return f"{weight} · a16"
@@ -134,20 +172,32 @@ class LayerScheme:
         """The same weights with activations left at 16 bits."""
         return replace(self, activation_bits=UNQUANTIZED_BITS)
 
+    def with_float_scales(self) -> LayerScheme:
+        """The same groups with a float scale each."""
+        return replace(self, scale_format="float")
+
     def effective_weight_bits(self, in_features: int) -> float:
         """Bits per weight with scales and zero points counted.
 
         b + (scale bits + zero-point bits) / g; a zero point is stored with the weight's bits.
+        With integer scales b + 4/g + scale bits / K: a multiplier a group, a scale a channel.
         """
         if not self.quantizes_weights:
             return float(UNQUANTIZED_BITS)
-        overhead = 16 if self.scale_dtype == "float16" else 32
-        if not self.weight_symmetric:
-            overhead += self.weight_bits
-        return self.weight_bits + overhead / self.weight_group_size(in_features)
+        size = self.weight_group_size(in_features)
+        scale_bits = 16 if self.scale_dtype == "float16" else 32
+        if self.has_integer_scales:
+            return self.weight_bits + MULTIPLIER_BITS / size + scale_bits / in_features
+        zero_point_bits = 0 if self.weight_symmetric else self.weight_bits
+        return self.weight_bits + (scale_bits + zero_point_bits) / size
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field by name, but for a scale format of 'float', which absence stands for: plans
+        without integer scales read as they did before there were any."""
+        value = asdict(self)
+        if not self.has_integer_scales:
+            del value["scale_format"]
+        return value
 
     @classmethod
     def from_json(cls, value: object) -> LayerScheme:

@@ -89,6 +89,56 @@ def test_equal_plans_are_equal_and_hash_alike_whatever_the_order(plan: Quantizat
     assert other.digest != plan.digest
 
 
+INTEGER = LayerScheme(4, 8, 64, "token", scale_format="integer")
+
+
+def test_scale_formats_make_different_plans_and_leave_the_others_as_they_were(
+    plan: QuantizationPlan,
+) -> None:
+    integer = uniform_plan("w4a8", INTEGER, LINEARS)
+    floats = uniform_plan("w4a8", INTEGER.with_float_scales(), LINEARS)
+    assert integer[ADALN].has_integer_scales
+    assert integer.digest != floats.digest
+    # what was written before there were formats is what is written now, and so is its digest
+    old = plan.to_json()
+    for scheme in old["layers"].values():
+        assert set(scheme) == {
+            "weight_bits", "activation_bits", "weight_group", "activation_group",
+            "weight_symmetric", "activation_symmetric", "scale_dtype",
+        }  # fmt: skip
+    assert QuantizationPlan.from_json(old) == plan
+    explicit = copy.deepcopy(old)
+    for scheme in explicit["layers"].values():
+        scheme["scale_format"] = "float"
+    assert QuantizationPlan.from_json(explicit).digest == plan.digest
+
+
+def test_a_plan_with_integer_scales_reads_back_equal(tmp_path: Path) -> None:
+    plan = uniform_plan("w4a8", INTEGER, LINEARS)
+    plan.write(tmp_path / "plan.json")
+    assert read_plan(tmp_path / "plan.json", uniform_plan("w4a8", SCHEME, LINEARS), LINEARS) == plan
+
+
+def test_single_layers_may_have_another_scale_format(plan: QuantizationPlan, write: Any) -> None:
+    path = write({"version": 1, "layers": {OUT: {"scale_format": "integer"}}})
+    made = read_plan(path, plan, LINEARS)
+    assert [name for name, scheme in made.layers.items() if scheme.has_integer_scales] == [OUT]
+    path = write({"version": 1, "layers": {OUT: {"scale_format": "float", "weight_bits": 8}}})
+    made = read_plan(path, uniform_plan("w4a8", INTEGER, LINEARS), LINEARS)
+    assert made[OUT] == LayerScheme(8, 8, 64, "token")
+    assert made[UP] == INTEGER
+
+
+def test_integer_scales_count_their_multipliers_and_channels() -> None:
+    # K = 64 in one group but for DOWN's four: 4 + 4/64 + 16/64 and 4 + 4/64 + 16/256
+    plan = uniform_plan("w4a8", INTEGER, LINEARS)
+    counts = {spec.name: spec.weight_count for spec in LINEARS}
+    bits = sum(counts.values()) * (4 + 1 / 16) + sum(
+        count / (16 if name == DOWN else 4) for name, count in counts.items()
+    )
+    assert plan.effective_weight_bits(LINEARS) == pytest.approx(bits / sum(counts.values()))
+
+
 def test_plans_survive_copying_and_pickling(plan: QuantizationPlan) -> None:
     for twin in (copy.deepcopy(plan), pickle.loads(pickle.dumps(plan))):
         assert twin == plan

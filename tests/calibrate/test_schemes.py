@@ -39,6 +39,23 @@ ILLEGAL = [
     pytest.param({"weight_symmetric": 1}, r"weight_symmetric must be true or false, got 1"),
     pytest.param({"activation_symmetric": "no"}, r"activation_symmetric must be true or .*'no'"),
     pytest.param({"scale_dtype": "bfloat16"}, r"scale dtype must be one of float16, float32, got"),
+    pytest.param({"scale_format": "int"}, r"scale format must be one of float, integer, got 'int'"),
+    pytest.param({"scale_format": None}, r"scale format must be one of float, integer, got None"),
+    pytest.param(
+        {"weight_bits": 6, "scale_format": "integer"},
+        r"integer scales need weights of 2, 3, 4 bits, got 6: .* fit int8; use scale format float",
+        id="6 bits in integer scales",
+    ),
+    pytest.param(
+        {"weight_bits": 8, "scale_format": "integer"},
+        r"integer scales need weights of 2, 3, 4 bits, got 8",
+        id="8 bits in integer scales",
+    ),
+    pytest.param(
+        {"weight_symmetric": False, "scale_format": "integer"},
+        r"integer scales need symmetric weights, got asymmetric ones: .* or scale format float",
+        id="asymmetric integer scales",
+    ),
 ]
 
 
@@ -78,6 +95,37 @@ def test_a_sixteen_bit_side_forgets_its_group_and_symmetry() -> None:
     assert hash(untouched) == hash(LayerScheme(16, 16))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weight_group": "channel"},
+        {"weight_group": "channel", "weight_bits": 8},
+        {"weight_group": "channel", "weight_symmetric": False},
+        {"weight_bits": 16, "activation_bits": 16},
+    ],
+    ids=["channel", "channel w8", "channel asymmetric", "16 bits"],
+)
+def test_integer_scales_without_groups_are_float_ones(fields: dict[str, Any]) -> None:
+    scheme = LayerScheme(**fields, scale_format="integer")
+    assert scheme == LayerScheme(**fields)
+    assert not scheme.has_integer_scales
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("activation_bits", [4, 6, 8, 16])
+@pytest.mark.parametrize("group", GROUP_SIZES)
+def test_integer_scales_go_with_all_else(bits: int, activation_bits: int, group: int) -> None:
+    scheme = LayerScheme(
+        bits, activation_bits, group, "token", activation_symmetric=False, scale_format="integer"
+    )
+    assert scheme.has_integer_scales
+    assert scheme != LayerScheme(bits, activation_bits, group, "token", activation_symmetric=False)
+    assert scheme.weight_only().has_integer_scales
+    assert scheme.with_float_scales() == dataclasses.replace(scheme, scale_format="float")
+    coarse = dataclasses.replace(scheme, weight_group="channel")
+    assert not coarse.has_integer_scales
+
+
 def test_schemes_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         LayerScheme().weight_bits = 8  # type: ignore[misc]
@@ -92,6 +140,8 @@ def test_schemes_are_frozen() -> None:
         (LayerScheme(4, 8, 64, 32, activation_symmetric=False), "w4 g64 · a8 g32 asym"),
         (LayerScheme(4, 16, 64, weight_symmetric=False), "w4 g64 asym · a16"),
         (LayerScheme(16, 16), "w16 · a16"),
+        (LayerScheme(4, 8, 64, "token", scale_format="integer"), "w4 g64 int · a8 token"),
+        (LayerScheme(3, 16, 64, scale_format="integer"), "w3 g64 int · a16"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -106,10 +156,15 @@ def test_labels_tell_different_schemes_apart() -> None:
             [pair for pair in LEGAL_BITS if pair[0] < 16], (32, "channel"), (True, False)
         )
     }
+    schemes |= {
+        dataclasses.replace(scheme, scale_format="integer")
+        for scheme in schemes
+        if scheme.weight_bits <= 4 and scheme.weight_symmetric
+    }
     assert len({scheme.label for scheme in schemes}) == len(schemes)
 
 
-# By hand: b + (scale bits + zero-point bits) / g
+# By hand: b + (scale bits + zero-point bits) / g; with integer scales b + 4/g + scale bits / K
 @pytest.mark.parametrize(
     ("scheme", "in_features", "bits"),
     [
@@ -120,8 +175,28 @@ def test_labels_tell_different_schemes_apart() -> None:
         (LayerScheme(8, 8, "channel"), 1152, Fraction(8) + Fraction(16, 1152)),
         (LayerScheme(8, 8, "channel", scale_dtype="float32"), 32, Fraction(9)),
         (LayerScheme(16, 16), 1152, Fraction(16)),
+        (
+            LayerScheme(4, 8, 128, scale_format="integer"),
+            1152,
+            Fraction(4) + Fraction(4, 128) + Fraction(16, 1152),  # 4.0451
+        ),
+        (
+            LayerScheme(3, 16, 32, scale_dtype="float32", scale_format="integer"),
+            4608,
+            Fraction(3) + Fraction(4, 32) + Fraction(32, 4608),
+        ),
     ],
-    ids=["w4 g128", "w4 g128 asym", "w4 g128 f32", "w3 g32 asym", "w8 channel", "w8 k32", "w16"],
+    ids=[
+        "w4 g128",
+        "w4 g128 asym",
+        "w4 g128 f32",
+        "w3 g32 asym",
+        "w8 channel",
+        "w8 k32",
+        "w16",
+        "w4 g128 int",
+        "w3 g32 int f32",
+    ],
 )
 def test_effective_bits_count_scales_and_zero_points(
     scheme: LayerScheme, in_features: int, bits: Fraction
@@ -174,6 +249,30 @@ def test_json_comes_back_equal() -> None:
             continue
         scheme = LayerScheme(weight, activation, group, 96, False, False, "float32")
         assert LayerScheme.from_json(json.loads(json.dumps(scheme.to_json()))) == scheme
+
+
+def test_integer_scales_come_back_from_json() -> None:
+    for bits, group in itertools.product((2, 3, 4), (32, 1152)):
+        scheme = LayerScheme(bits, 8, group, 96, scale_format="integer")
+        value = scheme.to_json()
+        assert value["scale_format"] == "integer"
+        assert LayerScheme.from_json(json.loads(json.dumps(value))) == scheme
+
+
+def test_float_scales_are_written_as_before_there_were_others() -> None:
+    before = {
+        "weight_bits": 4,
+        "activation_bits": 8,
+        "weight_group": 64,
+        "activation_group": 32,
+        "weight_symmetric": True,
+        "activation_symmetric": False,
+        "scale_dtype": "float16",
+    }
+    scheme = LayerScheme(4, 8, 64, 32, activation_symmetric=False)
+    assert scheme.to_json() == before
+    assert LayerScheme.from_json(before) == scheme
+    assert LayerScheme.from_json(before | {"scale_format": "float"}) == scheme
 
 
 @pytest.mark.parametrize(
