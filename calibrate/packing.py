@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from .quantizers import IntegerRange
+from .integers import IntegerRange
 
 PACKED_BITS = (2, 3, 4, 6, 8)
 

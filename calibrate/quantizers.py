@@ -9,75 +9,90 @@ Rounding is to nearest, ties to even, as ONNX QuantizeLinear defines it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .integer_scales import choose_channel_scale, choose_multipliers
+from .integers import IntegerRange, quantize, round_scale
 from .schemes import LayerScheme, ScaleDtype
-
-# The smallest divisor of a dynamic scale. An all-zero group divides by it and stays zero.
-# It is a normal float32 far below any activation; the exported graph uses the same constant.
-MIN_SCALE = 2.0**-24
-
-
-@dataclass(frozen=True)
-class IntegerRange:
-    """The closed range of stored integers."""
-
-    low: int
-    high: int
-
-    @classmethod
-    def of(cls, bits: int, symmetric: bool) -> IntegerRange:
-        if symmetric:
-            return cls(-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-        return cls(0, (1 << bits) - 1)
-
-    @property
-    def steps(self) -> int:
-        """Denominator of the scale: largest magnitude (symmetric) or number of steps."""
-        return self.high if self.low < 0 else self.high - self.low
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integers and parameters of one weight matrix.
+    """Integers and parameters of one weight matrix. G = K / group size.
 
     values: int8 (symmetric) or uint8 (asymmetric) [N, K], unpacked;
-    scale: float32 [N, G], already rounded to the scheme's scale dtype;
-    zero_point: uint8 [N, G], or None when symmetric. G = K / group size.
+    scale: float32 [N, G], the factor of each group: rounded to the scheme's scale dtype, or with
+    integer scales s·m, which float32 holds exactly (`integer_scales.py`);
+    zero_point: uint8 [N, G], or None when symmetric;
+    multiplier: m, uint8 [N, G] of 1 … 16, or None where the scales are floats.
     """
 
     values: Tensor
     scale: Tensor
     zero_point: Tensor | None
     bits: int
+    multiplier: Tensor | None = None
 
     @property
     def group_size(self) -> int:
         return self.values.shape[1] // self.scale.shape[1]
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """x̂ = s·(q−Z) as [N, K] of `dtype`."""
+    @property
+    def channel_scale(self) -> Tensor:
+        """s [N, 1] in float32 as it is stored: s·m is exact, so dividing it by m is exact too."""
+        if self.multiplier is None:
+            raise ValueError("float scales have no scale a channel")
+        return self.scale[:, :1] / self.multiplier[:, :1]
+
+    def int8_values(self) -> Tensor:
+        """q·m, int8 [N, K]: with `channel_scale` the whole weight, as an int8 product takes it."""
+        if self.multiplier is None:
+            raise ValueError("float scales do not make integers of a weight")
         n, k = self.values.shape
-        grouped = self.values.reshape(n, -1, self.group_size).to(dtype)
+        grouped = self.values.reshape(n, -1, self.group_size)
+        return (grouped * self.multiplier.to(torch.int8).unsqueeze(-1)).reshape(n, k)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """x̂ = s·(q−Z) as [N, K] of `dtype`, computed in float32 at least and rounded to it once."""
+        n, k = self.values.shape
+        wide = torch.promote_types(dtype, torch.float32)
+        grouped = self.values.reshape(n, -1, self.group_size).to(wide)
         if self.zero_point is not None:
-            grouped = grouped - self.zero_point.to(dtype).unsqueeze(-1)
-        return (grouped * self.scale.to(dtype).unsqueeze(-1)).reshape(n, k)
+            grouped = grouped - self.zero_point.to(wide).unsqueeze(-1)
+        return (grouped * self.scale.to(wide).unsqueeze(-1)).reshape(n, k).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedWeight:
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QuantizedWeight(self.values.to(device), self.scale.to(device), zero_point, self.bits)
+        return self.with_each(lambda tensor: tensor.to(device))
 
+    def with_each(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The same weight with every tensor that it has changed by `change`."""
+        changed = {name: change(tensor) for name, tensor in self.tensors().items()}
+        return QuantizedWeight.of(changed, self.bits)
 
-def round_scale(scale: Tensor, dtype: ScaleDtype) -> Tensor:
-    """Round a positive scale to the stored dtype, kept away from 0, in the input's dtype."""
-    stored = scale.clamp(min=MIN_SCALE)
-    if dtype == "float16":
-        # 65504 is the largest finite float16
-        stored = stored.clamp(max=65504.0).to(torch.float16)
-    return stored.to(scale.dtype)
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that it has, by field: what a store or a payload keeps."""
+        found = {
+            "values": self.values,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "multiplier": self.multiplier,
+        }
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], bits: int) -> QuantizedWeight:
+        """The inverse of `tensors`."""
+        return cls(
+            tensors["values"],
+            tensors["scale"],
+            tensors.get("zero_point"),
+            bits,
+            tensors.get("multiplier"),
+        )
 
 
 def range_parameters(
@@ -96,11 +111,6 @@ def range_parameters(
         return round_scale(scale, scale_dtype), torch.zeros_like(scale)
     scale = round_scale((high - low) / steps, scale_dtype)
     return scale, (-torch.round(low / scale)).clamp(integers.low, integers.high)
-
-
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, integers: IntegerRange) -> Tensor:
-    """q = clamp(round(x/s) + Z), still in x's float dtype; shapes broadcast."""
-    return (torch.round(x / scale) + zero_point).clamp(integers.low, integers.high)
 
 
 def fake_quantize_activation(x: Tensor, scheme: LayerScheme) -> Tensor:
@@ -137,28 +147,56 @@ def quantize_activation(x: Tensor, scheme: LayerScheme) -> tuple[Tensor, Tensor,
 
 
 def pack_values(
-    values: Tensor, scale: Tensor, zero_point: Tensor, scheme: LayerScheme
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    scheme: LayerScheme,
+    channel: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Build a `QuantizedWeight` from float integers q [N, K], s [N, G] and Z [N, G]."""
-    if scheme.weight_symmetric:
-        return QuantizedWeight(values.to(torch.int8), scale.float(), None, scheme.weight_bits)
-    return QuantizedWeight(
-        values.to(torch.uint8), scale.float(), zero_point.to(torch.uint8), scheme.weight_bits
-    )
+    """Build a `QuantizedWeight` from float integers q [N, K], s [N, G] and Z [N, G]; with integer
+    scales `channel` [N, 1] is what each s is a multiple of."""
+    bits = scheme.weight_bits
+    if not scheme.weight_symmetric:
+        return QuantizedWeight(
+            values.to(torch.uint8), scale.float(), zero_point.to(torch.uint8), bits
+        )
+    multiplier = None if channel is None else torch.round(scale / channel).to(torch.uint8)
+    return QuantizedWeight(values.to(torch.int8), scale.float(), None, bits, multiplier)
 
 
 def quantize_weight_nearest(weight: Tensor, scheme: LayerScheme) -> QuantizedWeight:
-    """Round-to-nearest with the group's full range. weight [N, K], any float dtype."""
-    n, k = weight.shape
-    groups = weight.float().reshape(n, -1, scheme.weight_group_size(k))
+    """Round-to-nearest with the group's full range. weight [N, K], any float dtype.
+
+    With integer scales a group gets one of the two multiples around that (`choose_multipliers`).
+    """
+    groups = _groups(weight, scheme)
+    if scheme.has_integer_scales:
+        return _quantize_by_integer_scales(groups, scheme, clipped=False)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     return quantize_groups(groups, low, high, scheme)
+
+
+def _groups(weight: Tensor, scheme: LayerScheme) -> Tensor:
+    n, k = weight.shape
+    return weight.float().reshape(n, -1, scheme.weight_group_size(k))
+
+
+def _quantize_by_integer_scales(
+    groups: Tensor, scheme: LayerScheme, *, clipped: bool
+) -> QuantizedWeight:
+    """Round groups [N, G, g] to nearest under the integer scales of least squared error."""
+    channel = choose_channel_scale(groups, scheme, clipped=clipped)
+    scale = channel * choose_multipliers(groups, channel, scheme, clipped=clipped)
+    zero_point = torch.zeros_like(scale)
+    integers = IntegerRange.of(scheme.weight_bits, True)
+    values = quantize(groups, scale.unsqueeze(-1), zero_point.unsqueeze(-1), integers).flatten(1)
+    return pack_values(values, scale, zero_point, scheme, channel)
 
 
 def quantize_groups(
     groups: Tensor, low: Tensor, high: Tensor, scheme: LayerScheme
 ) -> QuantizedWeight:
-    """Quantize groups [N, G, g] with the ranges low, high [N, G, 1]."""
+    """Quantize groups [N, G, g] with float scales for the ranges low, high [N, G, 1]."""
     integers = IntegerRange.of(scheme.weight_bits, scheme.weight_symmetric)
     scale, zero_point = range_parameters(
         low, high, scheme.weight_bits, scheme.weight_symmetric, scheme.scale_dtype
@@ -173,10 +211,12 @@ def quantize_weight_mse(
     """Round-to-nearest with each group's range shrunk to the ratio of least squared error.
 
     Tries `steps` ratios evenly spaced in (`smallest`, 1], the full range among them, so the error
-    is never above round-to-nearest's. weight [N, K].
+    is never above round-to-nearest's. With integer scales it tries every multiplier instead.
+    weight [N, K].
     """
-    n, k = weight.shape
-    groups = weight.float().reshape(n, -1, scheme.weight_group_size(k))
+    groups = _groups(weight, scheme)
+    if scheme.has_integer_scales:
+        return _quantize_by_integer_scales(groups, scheme, clipped=True)
     low, high = best_clipping(groups, scheme, steps, smallest)
     return quantize_groups(groups, low, high, scheme)
 

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibrate.integers import IntegerRange
 from ..calibrate.plan import LinearSpec
-from ..calibrate.quantizers import IntegerRange, QuantizedWeight
+from ..calibrate.quantizers import QuantizedWeight
 from ..calibrate.schemes import LayerScheme
 from ..calibrate.search.latency import LatencyKey, LatencyTable
 from ..calibrate.simulate import QuantizedLinear

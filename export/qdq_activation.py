@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..calibrate.quantizers import MIN_SCALE, IntegerRange
+from ..calibrate.integers import MIN_SCALE, IntegerRange
 from ..calibrate.schemes import LayerScheme
 from .emit import Dims, Emitter
 

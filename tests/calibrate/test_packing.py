@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from qdit.calibrate.integers import IntegerRange
 from qdit.calibrate.packing import PACKED_BITS, pack, packed_width, padding_is_zero, unpack
-from qdit.calibrate.quantizers import IntegerRange
 from qdit.errors import InputError
 
 # Value i takes bits [i·b, (i+1)·b), least significant bit of the first byte first. The comments

@@ -12,19 +12,16 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from qdit.calibrate.integers import IntegerRange, quantize
 from qdit.calibrate.quantizers import (
-    MIN_SCALE,
-    IntegerRange,
     QuantizedWeight,
     best_clipping,
     fake_quantize_activation,
-    quantize,
     quantize_activation,
     quantize_groups,
     quantize_weight_mse,
     quantize_weight_nearest,
     range_parameters,
-    round_scale,
 )
 from qdit.calibrate.schemes import ACTIVATION_BITS, WEIGHT_BITS, LayerScheme, ScaleDtype
 
@@ -39,6 +36,13 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def scheme_of(bits: int, symmetric: bool, group: Any = 64, **fields: Any) -> LayerScheme:
     return LayerScheme(bits, 8, group, weight_symmetric=symmetric, **fields)
+
+
+KINDS = pytest.mark.parametrize(
+    "scheme",
+    [scheme_of(4, True), scheme_of(4, False), scheme_of(4, True, scale_format="integer")],
+    ids=["symmetric", "asymmetric", "integer scales"],
+)
 
 
 def reference(
@@ -159,12 +163,6 @@ def test_groups_of_one_sign_lose_no_more_than_half_a_step(bits: int, sign: int) 
     largest = (found.dequantize() - weight).abs().amax(-1)
     # the far end of the range is exact up to rounding of s: (2^b − 1)·2^-23·s
     assert (largest <= found.scale[:, 0] * (0.5 + 2.0**-14)).all()
-
-
-def test_ties_go_to_the_even_integer() -> None:
-    scale, zero = torch.tensor(1.0), torch.tensor(0.0)
-    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5])
-    assert quantize(x, scale, zero, IntegerRange(-8, 7)).tolist() == [-2, -2, 0, 0, 2, 2, 4]
 
 
 def test_the_integers_are_those_of_onnx_quantizelinear() -> None:
@@ -376,34 +374,6 @@ def test_sixteen_bit_activations_pass_untouched() -> None:
     assert fake_quantize_activation(x, LayerScheme(4, 16)) is x
 
 
-@pytest.mark.parametrize(
-    ("bits", "symmetric", "expected"),
-    [
-        (4, True, (-8, 7, 7)),
-        (4, False, (0, 15, 15)),
-        (2, True, (-2, 1, 1)),
-        (8, True, (-128, 127, 127)),
-        (8, False, (0, 255, 255)),
-    ],
-)
-def test_integer_ranges(bits: int, symmetric: bool, expected: tuple[int, int, int]) -> None:
-    integers = IntegerRange.of(bits, symmetric)
-    assert (integers.low, integers.high, integers.steps) == expected
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_scales_are_never_zero_nor_infinite_once_stored(dtype: ScaleDtype) -> None:
-    scale = torch.tensor([0.0, 1e-30, MIN_SCALE, 0.1, 65504.0, 1e9])
-    stored = round_scale(scale, dtype)
-    assert (stored >= MIN_SCALE).all()
-    if dtype == "float16":
-        assert stored.to(torch.float16).isfinite().all()
-        assert torch.equal(stored.to(torch.float16).float(), stored)
-        assert stored.max() == 65504
-    else:
-        assert torch.equal(stored[2:], scale[2:])
-
-
 @BOTH
 def test_float16_scales_are_chosen_before_the_integers(symmetric: bool) -> None:
     weight = normal(8, 128) * 0.01
@@ -416,18 +386,40 @@ def test_float16_scales_are_chosen_before_the_integers(symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-@BOTH
+@KINDS
 def test_dequantization_in_any_dtype_is_the_exact_product_rounded(
-    dtype: torch.dtype, symmetric: bool
+    dtype: torch.dtype, scheme: LayerScheme
 ) -> None:
-    found = quantize_weight_nearest(normal(8, 128), scheme_of(4, symmetric))
+    found = quantize_weight_nearest(normal(8, 128), scheme)
+    # s·m has 15 significant bits: in float16 it would be rounded before the product
     exact = found.dequantize(torch.float64)
     assert torch.equal(found.dequantize(dtype), exact.to(dtype))
 
 
-def test_moving_a_weight_keeps_it() -> None:
-    found = quantize_weight_nearest(normal(8, 128), scheme_of(4, False))
+@KINDS
+def test_moving_a_weight_keeps_it(scheme: LayerScheme) -> None:
+    found = quantize_weight_nearest(normal(8, 128), scheme)
     moved = found.to("cpu")
-    assert torch.equal(moved.values, found.values)
+    assert moved.tensors().keys() == found.tensors().keys()
+    for name, tensor in found.tensors().items():
+        assert torch.equal(moved.tensors()[name], tensor)
     assert moved.bits == found.bits
-    assert found.to("meta").values.is_meta
+    assert all(tensor.is_meta for tensor in found.to("meta").tensors().values())
+
+
+@KINDS
+def test_a_weight_is_made_of_its_tensors(scheme: LayerScheme) -> None:
+    found = quantize_weight_nearest(normal(8, 128), scheme)
+    assert ("zero_point" in found.tensors()) == (not scheme.weight_symmetric)
+    assert ("multiplier" in found.tensors()) == scheme.has_integer_scales
+    again = QuantizedWeight.of(found.tensors(), found.bits)
+    for part in ("values", "scale", "zero_point", "bits", "multiplier"):
+        assert getattr(again, part) is getattr(found, part)
+
+
+def test_float_scales_have_no_parts() -> None:
+    found = quantize_weight_nearest(normal(8, 128), scheme_of(4, True))
+    with pytest.raises(ValueError, match="no scale a channel"):
+        _ = found.channel_scale
+    with pytest.raises(ValueError, match="do not make integers"):
+        found.int8_values()
