@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .quantizers import IntegerRange, best_clipping, range_parameters
+from .integer_scales import choose_channel_scale, choose_multipliers
+from .integers import IntegerRange
+from .quantizers import best_clipping, range_parameters
 from .schemes import LayerScheme
 
 
@@ -33,11 +35,35 @@ class LoopShape:
     clipped: bool
 
 
-def group_parameters(columns: Tensor, scheme: LayerScheme, clipped: bool) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [..., N] of groups `columns` [..., g, N], as floats of stored precision.
+def channel_scales(
+    columns: Tensor, scheme: LayerScheme, clipped: bool, importance: Tensor
+) -> Tensor | None:
+    """Each channel's scale [1, N] for its groups `columns` [G, g, N] of a weight as it was, each
+    input weighted by its `importance` [G, g]; None where the scheme's scales are floats."""
+    if not scheme.has_integer_scales:
+        return None
+    groups = columns.permute(2, 0, 1)
+    return choose_channel_scale(groups, scheme, clipped=clipped, importance=importance).t()
 
-    `clipped` shrinks each range to the ratio of least squared error (`best_clipping`).
+
+def group_parameters(
+    columns: Tensor,
+    scheme: LayerScheme,
+    clipped: bool,
+    channel: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [G, N] of groups `columns` [G, g, N], as floats of stored precision.
+
+    `clipped` shrinks each range to the ratio of least squared error (`best_clipping`). With
+    integer scales each is a multiple of its channel's, `channel` [1, N], whose squared error,
+    weighted by `importance` [G, g], is least (`choose_multipliers`).
     """
+    if channel is not None:
+        multiplier = choose_multipliers(
+            columns.permute(2, 0, 1), channel.t(), scheme, clipped=clipped, importance=importance
+        ).t()
+        return channel * multiplier, torch.zeros_like(multiplier)
     if clipped:
         low, high = best_clipping(columns.transpose(-1, -2), scheme)
         low, high = low.squeeze(-1), high.squeeze(-1)
@@ -52,8 +78,9 @@ class ColumnLoop:
     """Buffers of one block and the loop over them: fill the inputs, `run()`, read the outputs.
 
     Inputs: columns [width, N] (changed by the run), factor [width, width], and, when the shape has
-    no group, scale and zero_point [width, N]. Outputs: values [width, N] (integers q), errors
-    [width, N] (w − ŵ of each column at its turn), and with a group its scale and zero_point
+    no group, scale and zero_point [width, N]. With a group and integer scales: channel [1, N], each
+    channel's scale, and importance [width] of the columns. Outputs: values [width, N] (integers q),
+    errors [width, N] (w − ŵ of each column at its turn), and with a group its scale and zero_point
     [width / group, N].
     """
 
@@ -64,6 +91,7 @@ class ColumnLoop:
             like.new_ones(shape.width, shape.rows) for _ in range(3)
         )
         self.scale, self.zero_point = (like.new_ones(groups, shape.rows) for _ in range(2))
+        self.channel, self.importance = like.new_ones(1, shape.rows), like.new_ones(shape.width)
         self.factor = torch.eye(shape.width, dtype=like.dtype, device=like.device)
         # eager and replayed runs are the same kernels in the same order, so the same bits
         self.run: Callable[[], None] = self._capture() if like.is_cuda else self.run_eagerly
@@ -76,11 +104,21 @@ class ColumnLoop:
         for i in range(shape.width):
             group = i // size
             if shape.group is not None and i % size == 0:
-                columns = self.columns[i : i + size]
-                scale, zero_point = group_parameters(columns, scheme, shape.clipped)
-                self.scale[group].copy_(scale)
-                self.zero_point[group].copy_(zero_point)
+                self._find_parameters(slice(i, i + size), slice(group, group + 1))
             self._quantize_column(i, self.scale[group], self.zero_point[group], integers)
+
+    def _find_parameters(self, span: slice, group: slice) -> None:
+        """The scale and zero point of one group from its columns as they are now."""
+        scheme = self.shape.scheme
+        scale, zero_point = group_parameters(
+            self.columns[span].unsqueeze(0),
+            scheme,
+            self.shape.clipped,
+            self.channel if scheme.has_integer_scales else None,
+            self.importance[span].unsqueeze(0),
+        )
+        self.scale[group].copy_(scale)
+        self.zero_point[group].copy_(zero_point)
 
     def _quantize_column(
         self, i: int, scale: Tensor, zero_point: Tensor, integers: IntegerRange

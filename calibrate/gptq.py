@@ -11,6 +11,9 @@ the columns make up for that too. Two orders:
 * 'natural', as the authors: a group's scale comes from the error-updated weights at its first
   column.
 
+With integer scales (`integer_scales.py`) a channel's scale comes from the weights as they were in
+both orders, and a group's multiplier from where its scale would.
+
 Updates are lazy: inside a block at once, to the columns behind it after the block. In natural order
 a block never crosses a group's border unless it starts a group, so a group's columns are up to
 date when its scale is computed, whatever the two sizes are.
@@ -27,7 +30,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..progress import Progress, Silent
-from .column_loop import ColumnLoop, ColumnLoops, LoopShape, group_parameters
+from .column_loop import ColumnLoop, ColumnLoops, LoopShape, channel_scales, group_parameters
 from .hessian import (
     HessianAccumulator,
     InverseFactor,
@@ -122,9 +125,10 @@ def solve_groups(
     settings: GptqSettings,
     loops: ColumnLoops,
 ) -> list[QuantizedWeight]:
-    """`solve` under schemes that differ in nothing but their weight group, one result each.
+    """`solve` under schemes that differ in nothing but weight group and scale format, one result
+    each.
 
-    In the order by activation a group decides the scales and nothing else, so all schemes are
+    In the order by activation these decide the scales and nothing else, so all schemes are
     stacked as further rows and solved in one run over the columns.
     """
     weight_only = [scheme.weight_only() for scheme in schemes]
@@ -132,10 +136,11 @@ def solve_groups(
         if not scheme.quantizes_weights:
             raise InputError("GPTQ needs weight bits below 16, got 16; leave the linear as it is")
         scheme.check_fits("the weight", weight.shape[1])
+        # a group of 'channel' has float scales, so the formats are not compared here
         if replace(scheme, weight_group="channel") != replace(
             weight_only[0], weight_group="channel"
         ):
-            raise ValueError("stacked schemes may differ in the weight group only")
+            raise ValueError("stacked schemes may differ in weight group and scale format only")
     columns = weight.t().to(factor.rows.dtype)[factor.order].contiguous()  # a copy [K, N]
     columns.masked_fill_(factor.dead.unsqueeze(1), 0)
     if settings.order == "activation":
@@ -158,10 +163,12 @@ def _in_activation_order(
     natural = torch.empty_like(columns)
     natural[factor.order] = columns
     sizes = [scheme.weight_group_size(k) for scheme in schemes]
-    parameters = [
-        group_parameters(natural.reshape(-1, size, n), scheme, settings.clipped)
-        for size, scheme in zip(sizes, schemes, strict=True)
-    ]
+    channels, parameters = [], []
+    for size, scheme in zip(sizes, schemes, strict=True):
+        groups, importance = natural.reshape(-1, size, n), factor.importance.reshape(-1, size)
+        channel = channel_scales(groups, scheme, settings.clipped, importance)
+        channels.append(channel)
+        parameters.append(group_parameters(groups, scheme, settings.clipped, channel, importance))
     stacked = columns if len(schemes) == 1 else columns.repeat(1, len(schemes))
     values = torch.empty_like(stacked)
     loop_scheme = replace(schemes[0], weight_group="channel")  # the loop is given its scales
@@ -177,19 +184,28 @@ def _in_activation_order(
         _run_block(loop, stacked, factor, start, stop)
         values[inputs] = loop.values
     return [
-        _packed(part, scale, zero_point, scheme)
-        for part, (scale, zero_point), scheme in zip(
-            values.split(n, dim=1), parameters, schemes, strict=True
+        _packed(part, scale, zero_point, channel, scheme)
+        for part, (scale, zero_point), channel, scheme in zip(
+            values.split(n, dim=1), parameters, channels, schemes, strict=True
         )
     ]
 
 
 def _packed(
-    values: Tensor, scale: Tensor, zero_point: Tensor, scheme: LayerScheme
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    channel: Tensor | None,
+    scheme: LayerScheme,
 ) -> QuantizedWeight:
-    """From the loop's transposed layout: values [K, N], scale and zero point [G, N]."""
+    """From the loop's transposed layout: values [K, N], scale and zero point [G, N], and with
+    integer scales channel [1, N]."""
     return pack_values(
-        values.t().contiguous(), scale.t().contiguous(), zero_point.t().contiguous(), scheme
+        values.t().contiguous(),
+        scale.t().contiguous(),
+        zero_point.t().contiguous(),
+        scheme,
+        None if channel is None else channel.t(),
     )
 
 
@@ -204,23 +220,36 @@ def _in_natural_order(
     k, n = columns.shape
     size = scheme.weight_group_size(k)
     whole = size <= settings.block_size
+    importance = factor.importance
+    channel = channel_scales(
+        columns.reshape(-1, size, n), scheme, settings.clipped, importance.reshape(-1, size)
+    )
     values = torch.empty_like(columns)
     scale, zero_point = columns.new_empty(k // size, n), columns.new_empty(k // size, n)
     for start, stop in block_spans(k, size, settings.block_size):
         shape = LoopShape(stop - start, n, size if whole else None, scheme, settings.clipped)
         loop = loops.of(shape, columns)
         groups = slice(start // size, -(-stop // size))
+        loop.importance.copy_(importance[start:stop])
+        if channel is not None:
+            loop.channel.copy_(channel)
         if not whole:
             if start % size == 0:
-                found = group_parameters(columns[start : start + size], scheme, settings.clipped)
-                scale[groups], zero_point[groups] = found
+                span = slice(start, start + size)
+                scale[groups], zero_point[groups] = group_parameters(
+                    columns[span].unsqueeze(0),
+                    scheme,
+                    settings.clipped,
+                    channel,
+                    importance[span].unsqueeze(0),
+                )
             loop.scale.copy_(scale[groups].expand(stop - start, n))
             loop.zero_point.copy_(zero_point[groups].expand(stop - start, n))
         _run_block(loop, columns, factor, start, stop)
         values[start:stop] = loop.values
         if whole:
             scale[groups], zero_point[groups] = loop.scale, loop.zero_point
-    return _packed(values, scale, zero_point, scheme)
+    return _packed(values, scale, zero_point, channel, scheme)
 
 
 def _run_block(

@@ -67,13 +67,16 @@ class InverseFactor:
     order: int64 [K], the input of each position: rows and columns of H were put in this order.
     rows: [K, K] in H's dtype, unit upper triangular: an error e at position i moves position j by
     −e·rows[i, j]. dead: bool [K] by position, the inputs that never were non-zero. damping: the
-    share of the mean diagonal that was added in the end.
+    share of the mean diagonal that was added in the end. importance: [K] by input, 1 / U[i, i]² of
+    its position i: what a squared error of its weight costs once the weights behind it have made
+    up for it as well as they can. The error of all, e H eᵀ of the damped H, is the sum of these.
     """
 
     rows: Tensor
     order: Tensor
     dead: Tensor
     damping: float
+    importance: Tensor
 
 
 def activation_order(hessian: Tensor) -> Tensor:
@@ -117,7 +120,9 @@ def inverse_factor(
         reversed_lower, failure = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failure.item():
             rows = _unit_inverse(reversed_lower).to(hessian.dtype)
-            return InverseFactor(rows, order, dead, share)
+            importance = torch.empty_like(hessian[0])
+            importance[order] = reversed_lower.diagonal().flip(0).square().to(hessian.dtype)
+            return InverseFactor(rows, order, dead, share, importance)
         raised = max(share, 1e-4) * DAMPING_STEP
         progress.say(
             f"the Hessian of {name} is not positive definite at damping {share:g}; "

@@ -55,6 +55,57 @@ def range_of(group: Tensor, scheme: LayerScheme, clipped: bool) -> tuple[Tensor,
     return scale, zero
 
 
+def rounded_channel(scale: Tensor, scheme: LayerScheme) -> Tensor:
+    """Stored scales: float16, or float32 cut to 20 bits."""
+    if scheme.scale_dtype == "float16":
+        return scale.half().double()
+    exponent = scale.log2().floor()
+    return torch.round(scale / 2 ** (exponent - 19)) * 2 ** (exponent - 19)
+
+
+def multipliers_of(
+    group: Tensor, channel: Tensor, importance: Tensor, scheme: LayerScheme, clipped: bool
+) -> tuple[Tensor, Tensor]:
+    """m [N] of least weighted squared error for one group [N, g], and that error [N]."""
+    bits = scheme.weight_bits
+    ratio = group.abs().amax(1) / (2 ** (bits - 1) - 1) / channel
+    tried = [torch.full_like(ratio, m) for m in range(1, 17)]
+    if not clipped:
+        tried = [ratio.floor().clamp(1, 16), ratio.ceil().clamp(1, 16)]
+    errors = []
+    for m in tried:
+        scale = (channel * m)[:, None]
+        q = torch.round(group / scale).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        errors.append((importance * (q * scale - group) ** 2).sum(1))
+    least, place = torch.stack(errors).min(0)
+    return torch.stack(tried).gather(0, place[None])[0], least
+
+
+def channel_of(weight: Tensor, importance: Tensor, scheme: LayerScheme, clipped: bool) -> Tensor:
+    """s [N] of least weighted squared error among the largest float scale over 8 … 16."""
+    group = scheme.weight_group_size(weight.shape[1])
+    largest = weight.abs().amax(1) / (2 ** (scheme.weight_bits - 1) - 1)
+    tried, errors = [], []
+    for divisor in range(8, 17):
+        channel = rounded_channel(largest / divisor, scheme)
+        parts = zip(weight.split(group, 1), importance.split(group), strict=True)
+        tried.append(channel)
+        errors.append(
+            sum(multipliers_of(one, channel, own, scheme, clipped)[1] for one, own in parts)
+        )
+    place = torch.stack(errors).argmin(0)
+    return torch.stack(tried).gather(0, place[None])[0]
+
+
+def importance_of(inverse: Tensor, columns: list[int]) -> Tensor:
+    """What a unit error of each column costs at its turn, the columns before it eliminated."""
+    importance, inverse = torch.zeros(len(columns), dtype=torch.float64), inverse.clone()
+    for i in columns:
+        importance[i] = 1 / inverse[i, i]
+        inverse -= torch.outer(inverse[:, i], inverse[i, :]) / inverse[i, i]
+    return importance
+
+
 def textbook(
     weight: Tensor,
     hessian: Tensor,
@@ -75,8 +126,19 @@ def textbook(
     weight[:, dead] = 0
     hessian += damping * hessian.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     inverse = torch.linalg.inv(hessian)
+    importance = importance_of(inverse, columns)
     group = scheme.weight_group_size(k)
-    ranges = [range_of(part, scheme, clipped) for part in weight.split(group, dim=1)]
+    channel = channel_of(weight, importance, scheme, clipped) if scheme.has_integer_scales else None
+
+    def scales(start: int) -> tuple[Tensor, Tensor]:
+        part = weight[:, start : start + group]
+        if channel is None:
+            return range_of(part, scheme, clipped)
+        own = importance[start : start + group]
+        m, _ = multipliers_of(part, channel, own, scheme, clipped)
+        return channel * m, torch.zeros_like(m)
+
+    ranges = [scales(start) for start in range(0, k, group)]
     bits = scheme.weight_bits
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     if not scheme.weight_symmetric:
@@ -84,7 +146,7 @@ def textbook(
     restored = torch.zeros(n, k, dtype=torch.float64)
     for position, i in enumerate(columns):
         if order == "natural" and i % group == 0:
-            ranges[i // group] = range_of(weight[:, i : i + group], scheme, clipped)
+            ranges[i // group] = scales(i)
         scale, zero = ranges[i // group]
         q = (torch.round(weight[:, i] / scale) + zero).clamp(low, high)
         restored[:, i] = scale * (q - zero)
@@ -126,6 +188,27 @@ def test_equals_the_textbook_in_float64(
     torch.testing.assert_close(ours.dequantize(torch.float64), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("clipped", [False, True], ids=["full range", "clipped"])
+@pytest.mark.parametrize(("k", "group"), [(192, 32), (192, 96), (384, 192), (288, 144)], ids=str)
+@ORDERS
+def test_integer_scales_equal_the_textbook_in_float64(
+    k: int, group: int, clipped: bool, scale_dtype: str, bits: int, order: Order
+) -> None:
+    # groups in the range of a block, and groups of several blocks; loud and quiet inputs
+    x = correlated_inputs(500, k) * torch.logspace(0, 1, k, dtype=torch.float64)
+    weight, hessian = weight_of(12, k), hessian_of(x)
+    weight *= 1 + torch.arange(k) // group  # groups of different widths
+    scheme = LayerScheme(bits, 8, group, scale_dtype=scale_dtype, scale_format="integer")  # type: ignore[arg-type]
+    ours = gptq(weight, hessian, scheme, order=order, clipped=clipped)
+    expected = textbook(weight, hessian, scheme, order, clipped=clipped)
+    # every scale is exact in float32, so nothing is lost in storing it
+    torch.testing.assert_close(ours.dequantize(torch.float64), expected, rtol=1e-9, atol=1e-12)
+    assert ours.multiplier is not None
+    assert torch.equal(ours.channel_scale * ours.multiplier, ours.scale)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
 @ORDERS
@@ -155,23 +238,34 @@ def test_float32_is_as_good_as_float64(group: int) -> None:
 
 @pytest.mark.parametrize("block_size", [32, 48, 100, 128, 1000], ids=str)
 @pytest.mark.parametrize("group", [32, 96, 192, "channel"], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"weight_symmetric": False}, {"scale_format": "integer"}],
+    ids=["float scales", "integer scales"],
+)
 @ORDERS
-def test_block_size_changes_nothing(group: int | str, block_size: int, order: Order) -> None:
+def test_block_size_changes_nothing(
+    group: int | str, fields: dict, block_size: int, order: Order
+) -> None:
     x = correlated_inputs(300, 192)
     weight, hessian = weight_of(16, 192), hessian_of(x)
-    scheme = LayerScheme(3, 8, group, weight_symmetric=False)  # type: ignore[arg-type]
+    scheme = LayerScheme(3, 8, group, **fields)  # type: ignore[arg-type]
     ours = gptq(weight, hessian, scheme, block_size=block_size, order=order)
     plain = gptq(weight, hessian, scheme, block_size=64, order=order)
     assert torch.equal(ours.values, plain.values)
     assert torch.equal(ours.scale, plain.scale)
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"weight_symmetric": False}, {"scale_format": "integer"}],
+    ids=["symmetric", "asymmetric", "integer scales"],
+)
 @pytest.mark.parametrize("group", [32, 96, "channel"], ids=str)
-def test_beats_round_to_nearest_and_mse_on_the_outputs(group: int | str, symmetric: bool) -> None:
+def test_beats_round_to_nearest_and_mse_on_the_outputs(group: int | str, fields: dict) -> None:
     x = correlated_inputs(700, 192)
     weight = weight_of(32, 192)
-    scheme = LayerScheme(4, 8, group, weight_symmetric=symmetric)  # type: ignore[arg-type]
+    scheme = LayerScheme(4, 8, group, **fields)  # type: ignore[arg-type]
     restored = {
         "gptq": gptq(weight, hessian_of(x), scheme),
         "mse": quantize_weight_mse(weight, scheme),
@@ -183,6 +277,16 @@ def test_beats_round_to_nearest_and_mse_on_the_outputs(group: int | str, symmetr
     }
     assert error["gptq"] < 0.9 * error["mse"]
     assert error["gptq"] < 0.8 * error["nearest"]
+
+
+def test_uncorrelated_alike_inputs_give_round_to_nearest_with_integer_scales() -> None:
+    # inputs of one size, so that every weight's error counts alike, as it does to nearest
+    weight = weight_of(8, 96).float()
+    scheme = LayerScheme(4, 8, 32, scale_format="integer")
+    ours = gptq(weight, 0.5 * torch.eye(96), scheme)
+    nearest = quantize_weight_nearest(weight, scheme)
+    for name, tensor in nearest.tensors().items():
+        assert torch.equal(ours.tensors()[name], tensor), name
 
 
 def test_uncorrelated_inputs_give_round_to_nearest() -> None:
@@ -315,9 +419,30 @@ def test_stacked_group_sizes_equal_each_by_itself(
             assert torch.equal(found.zero_point, alone.zero_point)
 
 
+@pytest.mark.parametrize("order", ["activation", "natural"])
+def test_stacked_scale_formats_equal_each_by_itself(order: Order) -> None:
+    weight, hessian = weight_of(12, 128), hessian_of(correlated_inputs(300, 128))
+    settings = GptqSettings(block_size=48, order=order)
+    factor = factor_for(hessian, settings)
+    integer = LayerScheme(weight_group=32, scale_format="integer")
+    schemes = [
+        integer,
+        integer.with_float_scales(),
+        LayerScheme(weight_group=64, scale_format="integer"),
+        LayerScheme(weight_group="channel"),
+    ]
+    stacked = solve_groups(weight, factor, schemes, settings, ColumnLoops())
+    for scheme, found in zip(schemes, stacked, strict=True):
+        alone = solve(weight, factor, scheme, settings, ColumnLoops())
+        assert (found.multiplier is not None) == scheme.has_integer_scales
+        assert found.tensors().keys() == alone.tensors().keys()
+        for name, tensor in alone.tensors().items():
+            assert torch.equal(found.tensors()[name], tensor), (scheme.label, name)
+
+
 def test_schemes_that_differ_in_more_than_the_group_are_not_stacked() -> None:
     weight, hessian = weight_of(4, 64), hessian_of(correlated_inputs(200, 64))
     settings = GptqSettings()
     schemes = [LayerScheme(weight_bits=bits, weight_group=32) for bits in (4, 3)]
-    with pytest.raises(ValueError, match="differ in the weight group only"):
+    with pytest.raises(ValueError, match="differ in weight group and scale format only"):
         solve_groups(weight, factor_for(hessian, settings), schemes, settings, ColumnLoops())

@@ -29,15 +29,21 @@ def fill(loop: ColumnLoop, seed: int) -> None:
     loop.factor.copy_(torch.eye(width, device="cuda") + 0.1 * noise.triu(1))
     loop.scale.fill_(0.3)
     loop.zero_point.fill_(0.0 if loop.shape.scheme.weight_symmetric else 7.0)
+    loop.channel.copy_(0.02 + 0.04 * torch.rand(1, rows, device="cuda", generator=generator))
+    loop.importance.copy_(torch.rand(width, device="cuda", generator=generator))
 
 
 @pytest.mark.parametrize("group", [32, 128, None], ids=["g32", "g128", "given"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"weight_symmetric": False}, {"scale_format": "integer"}],
+    ids=["symmetric", "asymmetric", "integer scales"],
+)
 @pytest.mark.parametrize("clipped", [True, False], ids=["clipped", "full range"])
 def test_a_replayed_loop_equals_the_eager_one(
-    group: int | None, symmetric: bool, clipped: bool
+    group: int | None, fields: dict, clipped: bool
 ) -> None:
-    scheme = LayerScheme(4, 16, 32, weight_symmetric=symmetric)
+    scheme = LayerScheme(4, 16, 32, **fields)
     with torch.no_grad():
         loop = ColumnLoop(LoopShape(128, 96, group, scheme, clipped), torch.ones(1, device="cuda"))
         for seed in (0, 1):  # twice: a replay must read the new inputs
@@ -53,13 +59,18 @@ def test_a_replayed_loop_equals_the_eager_one(
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
 @pytest.mark.parametrize("group", [96, 128, 288], ids=str)
-def test_equals_the_cpu_in_quality(group: int, order: Order) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"weight_symmetric": False}, {"scale_format": "integer"}],
+    ids=["float scales", "integer scales"],
+)
+def test_equals_the_cpu_in_quality(fields: dict, group: int, order: Order) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4000, 1152, generator=generator)
     x = x @ torch.randn(1152, 1152, generator=generator) / 34
     weight = torch.randn(256, 1152, generator=generator) / 34
     hessian = 2 / len(x) * x.T @ x
-    scheme = LayerScheme(4, 16, group, weight_symmetric=False)
+    scheme = LayerScheme(4, 16, group, **fields)
     cpu = gptq(weight, hessian, scheme, order=order)
     cuda = gptq(weight.cuda(), hessian.cuda(), scheme, order=order).to("cpu")
     errors = [(x @ (weight - q.dequantize()).T).norm().item() for q in (cpu, cuda)]

@@ -64,6 +64,18 @@ def test_factor_is_the_normalized_cholesky_of_the_inverse(rows: int) -> None:
     assert (single.double() - expected).norm() / expected.norm() < 1e-4
 
 
+def test_importance_is_what_an_error_costs_after_all_others_made_up_for_it() -> None:
+    # errors E at their turns make D = E·rows in the end; the rows make H diagonal, so D H Dᵀ is
+    # the sum of the errors' squares, each times its importance
+    hessian = spread_hessian(48, 200)
+    order = activation_order(hessian)
+    factor = inverse_factor(hessian, 0.01, order)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    costs = factor.rows @ damped[order][:, order] @ factor.rows.T
+    expected = torch.diag(factor.importance[order])
+    torch.testing.assert_close(costs, expected, rtol=1e-9, atol=1e-9 * costs.max().item())
+
+
 def test_factor_in_another_order_is_that_of_the_reordered_hessian() -> None:
     hessian = spread_hessian(48, 200)
     order = activation_order(hessian)
