@@ -1,19 +1,20 @@
 """Finished blocks on disk: a killed quantization goes on where it was.
 
-One safetensors file a block, written atomically: `<linear>.values`, `.scale` and `.zero_point`,
-with the run's key, the bits and the errors in its metadata. A file of another key, or one that
-cannot be read, counts as not there.
+One safetensors file a block, written atomically: `<linear>.values`, `.scale`, `.zero_point` and
+`.multiplier`, with the run's key, the bits and the errors in its metadata. A file of another key,
+or one that cannot be read, counts as not there.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..files import atomic_path
 from .quantizers import QuantizedWeight
@@ -24,11 +25,29 @@ class LayerError:
     """How far a quantized linear is from the original.
 
     weight: ‖W−Ŵ‖ / ‖W‖ (Frobenius). output: ‖(W−Ŵ)X‖ / ‖WX‖ over the calibration inputs X as the
-    quantized layer sees them, from their Hessian; None when no inputs were run.
+    quantized layer sees them, from their Hessian; None when no inputs were run. float_scales: for
+    a linear with integer scales, the errors that float scales of the same groups would have given
+    it; None where they were not asked for.
     """
 
     weight: float
     output: float | None
+    float_scales: LayerError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name, without `float_scales` where there are none."""
+        value: dict[str, Any] = {"weight": self.weight, "output": self.output}
+        if self.float_scales is not None:
+            value["float_scales"] = self.float_scales.to_json()
+        return value
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> LayerError:
+        """The inverse of `to_json`. Raises `KeyError` or `TypeError` for anything else."""
+        other = value.get("float_scales")
+        return cls(
+            value["weight"], value["output"], None if other is None else cls.from_json(other)
+        )
 
 
 @dataclass(frozen=True)
@@ -65,12 +84,10 @@ class BlockStore:
         """Store one finished block."""
         tensors = {}
         for name, weight in result.weights.items():
-            tensors[f"{name}.values"] = weight.values.contiguous()
-            tensors[f"{name}.scale"] = weight.scale.contiguous()
-            if weight.zero_point is not None:
-                tensors[f"{name}.zero_point"] = weight.zero_point.contiguous()
+            for part, tensor in weight.tensors().items():
+                tensors[f"{name}.{part}"] = tensor.contiguous()
         layers = {
-            name: {"bits": weight.bits, "error": asdict(result.errors[name])}
+            name: {"bits": weight.bits, "error": result.errors[name].to_json()}
             for name, weight in result.weights.items()
         }
         metadata = {"key": self._key, "layers": json.dumps(layers)}  # in model order
@@ -88,15 +105,11 @@ class BlockStore:
         return results
 
 
-def _result(tensors: dict[str, Any], layers: dict[str, Any]) -> BlockResult:
-    weights = {
-        name: QuantizedWeight(
-            tensors[f"{name}.values"],
-            tensors[f"{name}.scale"],
-            tensors.get(f"{name}.zero_point"),
-            layer["bits"],
-        )
-        for name, layer in layers.items()
-    }
-    errors = {name: LayerError(**layer["error"]) for name, layer in layers.items()}
+def _result(tensors: dict[str, Tensor], layers: dict[str, Any]) -> BlockResult:
+    parts: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+    for label, tensor in tensors.items():
+        name, _, part = label.rpartition(".")
+        parts[name][part] = tensor
+    weights = {name: QuantizedWeight.of(parts[name], layers[name]["bits"]) for name in layers}
+    errors = {name: LayerError.from_json(layer["error"]) for name, layer in layers.items()}
     return BlockResult(weights, errors)

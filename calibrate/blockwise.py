@@ -8,7 +8,8 @@ runs. Memory holds one block's Hessians at a time.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -22,11 +23,12 @@ from .block_statistics import SharedInput, collect_hessians, shared_inputs
 from .block_store import BlockResult, BlockStore, LayerError
 from .carried import CarriedInputs
 from .column_loop import ColumnLoops
-from .gptq import GptqSettings, factor_for, solve
+from .gptq import GptqSettings, factor_for, solve_groups
 from .hessian import InverseFactor, exact_float32
 from .model import DiffusionModel
 from .plan import LinearSpec, QuantizationPlan
 from .quantizers import QuantizedWeight, quantize_weight_mse, quantize_weight_nearest
+from .schemes import LayerScheme
 from .simulate import install_quantized_linears
 from .trajectories import CalibrationSet
 
@@ -56,6 +58,7 @@ def quantize_model(
     progress: Progress = _SILENT,
     folder: Path | None = None,
     settings: GptqSettings | None = None,
+    compare_scales: bool = False,
 ) -> QuantizationResult:
     """Quantize the plan's linears; afterwards `model.denoiser` **is** the quantized simulation.
 
@@ -63,6 +66,8 @@ def quantize_model(
     16-bit linears stay as they are and have no entry in the result.
     'gptq' needs a calibration set. 'mse' and 'nearest' use one for the output errors only;
     without one no forward pass is made.
+    With `compare_scales`, linears with integer scales are also quantized with float scales of the
+    same groups, for the errors of these alone (`LayerError.float_scales`).
     With `folder`, finished blocks are kept there and taken over by a run of the same plan, method,
     settings, calibration set and model; other leftovers are overwritten.
     Raises `InputError` for a plan that does not fit, an unknown method, or a set that is missing.
@@ -78,8 +83,9 @@ def quantize_model(
     model.denoiser.to(device)
     store = None
     if folder is not None:
-        store = BlockStore(folder, _resume_key(model, plan, method, calibration, settings))
-    job = _Job(model, plan, method, settings, progress)
+        key = _resume_key(model, plan, method, calibration, settings, compare_scales)
+        store = BlockStore(folder, key)
+    job = _Job(model, plan, method, settings, compare_scales, progress)
     with torch.no_grad(), exact_float32():
         return job.run(calibration, batch_size, torch.device(device), store)
 
@@ -90,6 +96,7 @@ def _resume_key(
     method: Method,
     calibration: CalibrationSet | None,
     settings: GptqSettings,
+    compare_scales: bool,
 ) -> str:
     return sha256_of_json(
         {
@@ -97,6 +104,7 @@ def _resume_key(
             "plan": plan.digest,
             "method": method,
             "settings": asdict(settings),
+            "compare_scales": compare_scales,
             "calibration": None if calibration is None else calibration.digest,
             "source": asdict(model.source),
         }
@@ -112,6 +120,7 @@ class _Job:
         plan: QuantizationPlan,
         method: Method,
         settings: GptqSettings,
+        compare_scales: bool,
         progress: Progress,
     ) -> None:
         self._model = model
@@ -119,6 +128,7 @@ class _Job:
         self._plan = plan
         self._method = method
         self._settings = settings
+        self._compare_scales = compare_scales
         self._progress = progress
         self._loops = ColumnLoops()
         self._specs: dict[int, list[LinearSpec]] = {}
@@ -186,25 +196,35 @@ class _Job:
             factor = factor_for(hessian, self._settings, name=group.name, progress=self._progress)
         for specs in _by_weight_scheme(group.specs, self._plan):
             originals = [self._weight(spec.name) for spec in specs]
-            quantized = self._quantize(torch.cat(originals), specs[0], factor)
-            for spec, original, part in zip(
-                specs, originals, split_rows(quantized, originals), strict=True
-            ):
-                result.weights[spec.name] = part
-                result.errors[spec.name] = layer_error(original, part, hessian)
+            schemes = self._schemes(self._plan[specs[0].name])
+            parts = [
+                split_rows(quantized, originals)
+                for quantized in self._quantize(torch.cat(originals), schemes, factor)
+            ]
+            for spec, original, own, *others in zip(specs, originals, *parts, strict=True):
+                error = layer_error(original, own, hessian)
+                for other in others:
+                    float_scales = layer_error(original, other, hessian)
+                    error = replace(error, float_scales=float_scales)
+                result.weights[spec.name] = own
+                result.errors[spec.name] = error
+
+    def _schemes(self, scheme: LayerScheme) -> list[LayerScheme]:
+        """The scheme, and the one to compare it with if there is any."""
+        if self._compare_scales and scheme.has_integer_scales:
+            return [scheme, scheme.with_float_scales()]
+        return [scheme]
 
     def _weight(self, name: str) -> Tensor:
         return self._denoiser.get_submodule(name).get_parameter("weight").detach().float()
 
     def _quantize(
-        self, weight: Tensor, spec: LinearSpec, factor: InverseFactor | None
-    ) -> QuantizedWeight:
-        scheme = self._plan[spec.name]
+        self, weight: Tensor, schemes: Sequence[LayerScheme], factor: InverseFactor | None
+    ) -> list[QuantizedWeight]:
         if factor is not None:
-            return solve(weight, factor, scheme, self._settings, self._loops)
-        if self._method == "mse":
-            return quantize_weight_mse(weight, scheme)
-        return quantize_weight_nearest(weight, scheme)
+            return solve_groups(weight, factor, schemes, self._settings, self._loops)
+        nearest = quantize_weight_mse if self._method == "mse" else quantize_weight_nearest
+        return [nearest(weight, scheme) for scheme in schemes]
 
 
 def _by_weight_scheme(
@@ -220,21 +240,16 @@ def split_rows(quantized: QuantizedWeight, like: Sequence[Tensor]) -> list[Quant
     """The parts of stacked linears, each with tensors of its own."""
     if len(like) == 1:
         return [quantized]
-    rows = [weight.shape[0] for weight in like]
-    zero_points: Sequence[Tensor | None] = [None] * len(rows)
-    if quantized.zero_point is not None:
-        zero_points = quantized.zero_point.split(rows)
-    return [
-        QuantizedWeight(
-            values.clone(),
-            scale.clone(),
-            None if zero_point is None else zero_point.clone(),
-            quantized.bits,
-        )
-        for values, scale, zero_point in zip(
-            quantized.values.split(rows), quantized.scale.split(rows), zero_points, strict=True
-        )
-    ]
+    parts, start = [], 0
+    for weight in like:
+        stop = start + weight.shape[0]
+        parts.append(quantized.with_each(partial(_copy_of_rows, start=start, stop=stop)))
+        start = stop
+    return parts
+
+
+def _copy_of_rows(tensor: Tensor, *, start: int, stop: int) -> Tensor:
+    return tensor[start:stop].clone()
 
 
 def layer_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor | None) -> LayerError:

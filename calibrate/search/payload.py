@@ -56,11 +56,9 @@ class ModelArrays:
 
 @dataclass(frozen=True)
 class WeightArrays:
-    """A `QuantizedWeight` in NumPy: values [N, K], scale [N, G], zero_point [N, G] or None."""
+    """A `QuantizedWeight` in NumPy: its tensors by field (`QuantizedWeight.tensors`)."""
 
-    values: AnyArray
-    scale: AnyArray
-    zero_point: AnyArray | None
+    tensors: Mapping[str, AnyArray]
     bits: int
 
 
@@ -122,8 +120,7 @@ class EvaluatorPayload:
         arrays = [*self.model.parameters.values(), *self.model.vae_state.values()]
         for groups in self.weights.values():
             for weight in groups.values():
-                parts = (weight.values, weight.scale, weight.zero_point)
-                arrays += [part for part in parts if part is not None]
+                arrays += weight.tensors.values()
         distinct = {id(array): array.nbytes for array in [*arrays, self.mu, self.sigma]}
         return sum(distinct.values()) + len(self.features_file)
 
@@ -188,15 +185,13 @@ def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, AnyArray]:
 
 
 def _weight_arrays(weight: QuantizedWeight) -> WeightArrays:
-    zero_point = None if weight.zero_point is None else weight.zero_point.cpu().numpy()
-    return WeightArrays(
-        weight.values.cpu().numpy(), weight.scale.cpu().numpy(), zero_point, weight.bits
-    )
+    arrays = {name: tensor.cpu().numpy() for name, tensor in weight.tensors().items()}
+    return WeightArrays(arrays, weight.bits)
 
 
 def _quantized_weight(arrays: WeightArrays) -> QuantizedWeight:
-    zero_point = None if arrays.zero_point is None else _tensor(arrays.zero_point)
-    return QuantizedWeight(_tensor(arrays.values), _tensor(arrays.scale), zero_point, arrays.bits)
+    tensors = {name: _tensor(array) for name, array in arrays.tensors.items()}
+    return QuantizedWeight.of(tensors, arrays.bits)
 
 
 def _tensor(array: AnyArray) -> Tensor:

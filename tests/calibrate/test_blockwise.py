@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,10 @@ def assert_same(one: QuantizationResult, other: QuantizationResult) -> None:
     assert list(one.weights) == list(other.weights)
     assert dict(one.errors) == dict(other.errors)
     for name, weight in one.weights.items():
-        assert torch.equal(weight.values, other.weights[name].values), name
-        assert torch.equal(weight.scale, other.weights[name].scale), name
+        again = other.weights[name].tensors()
+        assert weight.tensors().keys() == again.keys()
+        for part, tensor in weight.tensors().items():
+            assert torch.equal(tensor, again[part]), (name, part)
 
 
 @torch.inference_mode()
@@ -253,21 +256,32 @@ def test_killed_quantization_goes_on_to_the_bit(
         assert isinstance(model.denoiser.get_submodule(spec.name), QuantizedLinear)
 
 
-def test_finished_quantization_runs_nothing(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"weight_symmetric": False}, {"scale_format": "integer"}],
+    ids=["asymmetric", "integer scales"],
+)
+def test_finished_quantization_runs_nothing(
+    make_model: MakeModel, tmp_path: Path, fields: dict[str, Any]
+) -> None:
     model = make_model()
-    plan = uniform_plan("w4a8", LayerScheme(4, 8, 32, 32, weight_symmetric=False), model.linears)
+    plan = uniform_plan("w4a8", LayerScheme(4, 8, 32, 32, **fields), model.linears)
     calibration = calibration_of(model)
-    first = quantize_model(model, plan, "gptq", calibration, folder=tmp_path)
+    options: dict[str, Any] = {"folder": tmp_path, "compare_scales": True}
+    first = quantize_model(model, plan, "gptq", calibration, **options)
     model = make_model()
 
     def refuse(module: nn.Module, arguments: object) -> None:
         raise AssertionError("a forward pass was made")
 
     model.denoiser.get_submodule("pos_embed").register_forward_pre_hook(refuse)
-    assert_same(quantize_model(model, plan, "gptq", calibration, folder=tmp_path), first)
+    assert_same(quantize_model(model, plan, "gptq", calibration, **options), first)
 
 
-@pytest.mark.parametrize("change", ["plan", "method", "calibration", "model", "settings", "damage"])
+CHANGES = ["plan", "scales", "method", "calibration", "model", "settings", "comparison", "damage"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_requests_start_over(make_model: MakeModel, tmp_path: Path, change: str) -> None:
     model = make_model()
     plan = uniform_plan("w4a8", SCHEME, model.linears)
@@ -276,6 +290,9 @@ def test_changed_requests_start_over(make_model: MakeModel, tmp_path: Path, chan
     model = make_model(seed=1) if change == "model" else make_model()
     if change == "plan":
         plan = uniform_plan("w8a8", LayerScheme(8, 8, 32, 32), model.linears)
+    if change == "scales":
+        scheme = LayerScheme(4, 8, 32, 32, scale_format="integer")
+        plan = uniform_plan("w4a8", scheme, model.linears)
     if change == "calibration":
         calibration = calibration_of(model, seed=6)
     if change == "damage":
@@ -291,9 +308,78 @@ def test_changed_requests_start_over(make_model: MakeModel, tmp_path: Path, chan
         folder=tmp_path,
         progress=progress,
         settings=settings,
+        compare_scales=change == "comparison",
     )
     assert progress.said == []
     assert all(weight.bits == plan[name].weight_bits for name, weight in resumed.weights.items())
+
+
+INTEGER = LayerScheme(4, 8, 32, "token", scale_format="integer")
+
+
+@pytest.mark.parametrize(
+    ("method", "calibrated"),
+    [("gptq", True), ("mse", True), ("mse", False), ("nearest", True), ("nearest", False)],
+    ids=["gptq", "mse with inputs", "mse", "nearest with inputs", "nearest"],
+)
+def test_float_scales_are_compared_with_on_the_same_inputs(
+    make_model: MakeModel, method: Any, calibrated: bool
+) -> None:
+    # in the first block nothing before a linear is quantized but its input
+    model, float_model = make_model(num_layers=1), make_model(num_layers=1)
+    layers = dict(uniform_plan("w4a8", INTEGER, model.linears).layers)
+    left = "transformer_blocks.0.attn1.to_k"
+    layers[left] = LayerScheme(4, 8, 32, "token")
+    plan = QuantizationPlan("custom", layers)
+    calibration = calibration_of(model) if calibrated else None
+    found = quantize_model(model, plan, method, calibration, compare_scales=True)
+    floats = uniform_plan("w4a8", INTEGER.with_float_scales(), model.linears)
+    expected = quantize_model(float_model, floats, method, calibration)
+    for name, error in found.errors.items():
+        if name == left:
+            assert error == expected.errors[name]
+            continue
+        assert error.float_scales is not None
+        assert error.float_scales == expected.errors[name], name
+        assert error.weight != error.float_scales.weight
+        assert (error.output is None) == (error.float_scales.output is None) == (not calibrated)
+
+
+def test_float_scales_are_compared_with_only_if_asked_and_change_no_weight(
+    make_model: MakeModel,
+) -> None:
+    results = []
+    for compared in (True, False):
+        model = make_model()
+        plan = uniform_plan("w4a8", INTEGER, model.linears)
+        results.append(
+            quantize_model(model, plan, "gptq", calibration_of(model), compare_scales=compared)
+        )
+    with_floats, without = results
+    for name, weight in with_floats.weights.items():
+        for part, tensor in weight.tensors().items():
+            assert torch.equal(tensor, without.weights[name].tensors()[part]), (name, part)
+        error = with_floats.errors[name]
+        assert error.float_scales is not None
+        assert without.errors[name] == replace(error, float_scales=None)
+
+
+def test_linears_that_are_solved_together_get_their_own_multipliers(make_model: MakeModel) -> None:
+    model = make_model(num_layers=1)
+    plan = uniform_plan("w4a8", INTEGER, model.linears)
+    weights = {
+        spec.name: model.denoiser.get_submodule(spec.name).get_parameter("weight").clone()
+        for spec in model.linears
+    }
+    result = quantize_model(model, plan, "nearest", None)
+    for name, weight in result.weights.items():
+        alone = quantize_weight_nearest(weights[name], plan[name])
+        assert weight.tensors().keys() == alone.tensors().keys() == {
+            "values", "scale", "multiplier"
+        }  # fmt: skip
+        for part, tensor in alone.tensors().items():
+            assert torch.equal(weight.tensors()[part], tensor), (name, part)
+            assert weight.tensors()[part].is_contiguous()
 
 
 def test_gptq_needs_a_set(make_model: MakeModel) -> None:

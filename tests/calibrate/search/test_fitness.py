@@ -17,6 +17,8 @@ from qdit.calibrate.sampling import SamplingSettings, sample_images
 from qdit.calibrate.schemes import LayerScheme
 from qdit.calibrate.search.fitness import Fitness, FitnessSettings, paper_settings
 from qdit.calibrate.search.payload import make_payload
+from qdit.calibrate.search.space import search_space
+from qdit.calibrate.search.weight_cache import build_weight_cache
 from qdit.calibrate.simulate import install_quantized_linears
 from qdit.errors import InputError
 
@@ -84,7 +86,8 @@ def test_images_that_are_not_finite_are_the_worst_fitness(tiny: Any) -> None:
     plan = tiny.plans(1)[0]
     group = plan[name].weight_group
     broken = tiny.payload.weights[name][group]
-    broken = replace(broken, scale=np.full_like(broken.scale, np.nan))
+    scale = np.full_like(broken.tensors["scale"], np.nan)
+    broken = replace(broken, tensors={**broken.tensors, "scale": scale})
     groups = {**tiny.payload.weights[name], group: broken}
     payload = replace(tiny.payload, weights={**tiny.payload.weights, name: groups})
     assert payload.build("cpu")(plan) == Fitness(math.inf, None, 0.0)
@@ -104,6 +107,33 @@ class TestPayload:
         again = pickle.loads(pickle.dumps(tiny.payload))
         assert again.key == tiny.payload.key
         assert again.build("cpu")(plan) == tiny.payload.build("cpu")(plan)
+
+    def test_integer_scales_travel_with_their_weights(self, tiny: Any) -> None:
+        scheme = LayerScheme(scale_format="integer")
+        space = search_space(tiny.model.linears, scheme, "w4a8")
+        cache = build_weight_cache(tiny.model, space, "nearest", None)
+        payload = make_payload(
+            tiny.model,
+            cache,
+            tiny.payload.settings,
+            features=tiny.features,
+            reference=tiny.reference,
+            threads=1,
+        )
+        parts = {
+            (group, name)
+            for groups in payload.weights.values()
+            for group, weight in groups.items()
+            for name in weight.tensors
+        }
+        assert (32, "multiplier") in parts
+        assert ("channel", "multiplier") not in parts  # these have float scales
+        assert payload.key != tiny.payload.key
+        plan = space.plan(space.uniform(32))
+        again = pickle.loads(pickle.dumps(payload)).build("cpu")(plan)
+        assert again == payload.build("cpu")(plan)
+        floats = tiny.payload.build("cpu")(tiny.space.plan(tiny.space.uniform(32)))
+        assert again.psnr_db != floats.psnr_db
 
     def test_tied_parameters_travel_once(self, tiny: Any) -> None:
         parameters = tiny.payload.model.parameters
