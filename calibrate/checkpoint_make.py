@@ -23,7 +23,6 @@ from .checkpoint_layout import (
 )
 from .checkpoint_manifest import (
     FORMAT,
-    SCHEMA_VERSION,
     WEIGHTS_NAME,
     LinearEntry,
     Manifest,
@@ -31,6 +30,7 @@ from .checkpoint_manifest import (
     Provenance,
     SourceEntry,
     WeightsEntry,
+    schema_version,
 )
 from .checkpoint_model import apply_ties, find_ties, outline, stored_shapes, stored_tensors
 from .families.base import Family
@@ -97,7 +97,7 @@ def make_parts(
     )
     manifest = Manifest(
         format=FORMAT,
-        version=SCHEMA_VERSION,
+        version=schema_version(plan),
         model=_model_entry(model, config),
         plan=_json(plan.to_json(), "the plan"),
         linears=linear_entries(linears),

@@ -14,10 +14,15 @@ from .artifact_errors import (
     UnknownKeyError,
     UnsupportedVersionError,
 )
+from .plan import QuantizationPlan
 from .strict_json import parse_json_object
 
 FORMAT: Literal["qdit-checkpoint"] = "qdit-checkpoint"
-SCHEMA_VERSION: Literal[1] = 1
+# 2 adds integer scales. A writer writes the lowest version that can say what it holds, so that
+# whoever reads version 1 goes on reading all other checkpoints.
+SCHEMA_VERSION: Literal[2] = 2
+READ_VERSIONS = (1, SCHEMA_VERSION)
+INTEGER_SCALES_VERSION: Literal[2] = 2
 MANIFEST_NAME = "qdit.json"
 WEIGHTS_NAME = "weights.safetensors"
 
@@ -81,7 +86,7 @@ class Manifest(_Strict):
     """The whole of `qdit.json`."""
 
     format: Literal["qdit-checkpoint"]
-    version: Literal[1]
+    version: Literal[1, 2]
     model: ModelEntry
     plan: JsonObject
     linears: tuple[LinearEntry, ...]
@@ -118,13 +123,23 @@ def _check_version(value: dict[str, Any], where: str) -> None:
     if version in OLDER_VERSIONS:
         raise UnsupportedVersionError(
             f"{where} has schema version {version}, written by {OLDER_VERSIONS[version]}; this "
-            f"qdit reads version {SCHEMA_VERSION}: export the model again"
+            f"qdit reads versions {_known_versions()}: export the model again"
         )
-    if version != SCHEMA_VERSION:
+    if version not in READ_VERSIONS:
         raise UnsupportedVersionError(
-            f"{where} has schema version {version}, this qdit reads version {SCHEMA_VERSION}; "
+            f"{where} has schema version {version}, this qdit reads versions {_known_versions()}; "
             "upgrade qdit"
         )
+
+
+def _known_versions() -> str:
+    return " and ".join(map(str, READ_VERSIONS))
+
+
+def schema_version(plan: QuantizationPlan) -> Literal[1, 2]:
+    """The lowest schema version that can say a checkpoint of `plan`."""
+    integer = any(scheme.has_integer_scales for scheme in plan.layers.values())
+    return INTEGER_SCALES_VERSION if integer else 1
 
 
 def _named(error: ValidationError, where: str) -> Exception:

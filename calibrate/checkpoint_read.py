@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,13 @@ from .checkpoint_layout import (
     quantized_linears,
 )
 from .checkpoint_make import CheckpointParts, linear_entries, plan_in_order
-from .checkpoint_manifest import MANIFEST_NAME, Manifest, WeightsEntry, parse_manifest
+from .checkpoint_manifest import (
+    INTEGER_SCALES_VERSION,
+    MANIFEST_NAME,
+    Manifest,
+    WeightsEntry,
+    parse_manifest,
+)
 from .checkpoint_model import apply_ties, check_scheduler_config, outline, stored_shapes
 from .families import family_named
 from .families.base import Family
@@ -158,10 +165,22 @@ def _check_linears(manifest: Manifest, linears: list[LinearSpec], where: Path) -
 def _plan(manifest: Manifest, linears: list[LinearSpec], where: Path) -> QuantizationPlan:
     try:
         plan = QuantizationPlan.from_json(manifest.plan)
+        _check_says(manifest)
         plan.check(linears)
     except InputError as error:
         raise InvalidPlanError(f"{where}: {error}") from error
     return plan_in_order(plan, linears)
+
+
+def _check_says(manifest: Manifest) -> None:
+    """Raise `InputError` for a key that the manifest's version does not have yet."""
+    layers: Any = manifest.plan["layers"]
+    for name, scheme in layers.items():
+        if manifest.version < INTEGER_SCALES_VERSION and "scale_format" in scheme:
+            raise InputError(
+                f"the plan's layer {name}: scale_format needs schema version "
+                f"{INTEGER_SCALES_VERSION}, got version {manifest.version}"
+            )
 
 
 def _untouched(

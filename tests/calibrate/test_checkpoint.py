@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,20 @@ MIXED = {
 }
 SCHEME = LayerScheme(4, 8, 32, 64)
 ODD = {"attention_head_dim": 18}  # hidden size 36: rows of packed values that end inside a byte
+# Every width, both scale dtypes, one linear with float scales, one left alone.
+INTEGER = LayerScheme(4, 8, 32, "token", scale_format="integer")
+INTEGER_LAYERS = {
+    Q0: LayerScheme(3, 8, 64, "token", scale_format="integer"),
+    OUT0: LayerScheme(4, 8, 32, 32, scale_dtype="float32", scale_format="integer"),
+    UP1: LayerScheme(16, 16),
+    DOWN1: LayerScheme(2, 8, 128, "token", scale_format="integer"),
+    ADALN1: LayerScheme(4, 16, 32),
+}
 CASES = {
     "symmetric": (SCHEME, {}, {}),
     "asymmetric": (LayerScheme(4, 8, 32, 64, False, False), {}, {}),
     "mixed": (SCHEME, MIXED, {}),
+    "integer scales": (INTEGER, INTEGER_LAYERS, {}),
     "not tied": (SCHEME, {}, {"tied": False}),
     "16/16": (LayerScheme(16, 16), {}, {}),
     "padded rows": (LayerScheme(3, 8, "channel", "token", False), {}, ODD),
@@ -87,13 +98,14 @@ def simulation(made: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def equal_weights(one: QuantizedWeight, other: QuantizedWeight) -> bool:
-    if (one.zero_point is None) != (other.zero_point is None):
-        return False
-    pairs = [(one.values, other.values), (one.scale, other.scale)]
-    if one.zero_point is not None and other.zero_point is not None:
-        pairs.append((one.zero_point, other.zero_point))
-    return one.bits == other.bits and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs
+    mine, theirs = one.tensors(), other.tensors()
+    return (
+        one.bits == other.bits
+        and mine.keys() == theirs.keys()
+        and all(
+            mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name])
+            for name in mine
+        )
     )
 
 
@@ -320,8 +332,8 @@ class TestFormat:
         path = tmp_path / "weights.safetensors"
         assert safetensors.torch.save(safetensors.torch.load_file(path)) == path.read_bytes()
 
-    def test_an_independent_reader_gets_the_same_weights(self, mixed: Any, tmp_path: Path) -> None:
-        mixed.checkpoint.write(tmp_path)
+    def test_an_independent_reader_gets_the_same_weights(self, made: Any, tmp_path: Path) -> None:
+        made.checkpoint.write(tmp_path)
         manifest = json.loads((tmp_path / "qdit.json").read_text("utf-8"))
         tensors = safetensors.numpy.load_file(tmp_path / manifest["weights"]["file"])
         for linear in manifest["linears"]:
@@ -330,7 +342,56 @@ class TestFormat:
                 assert f"{name}.weight" in tensors
                 continue
             weight = dequantized(tensors, linear, scheme)
-            assert np.array_equal(weight, mixed.weights[name].dequantize(torch.float64).numpy())
+            assert np.array_equal(weight, made.weights[name].dequantize(torch.float64).numpy())
+
+    @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+    def test_integer_scales_worked_out(
+        self, make_quantized: Callable[..., Any], tmp_path: Path, scale_dtype: str
+    ) -> None:
+        """The bytes of the example in docs/format.md, in a channel's place in a file."""
+        scheme = LayerScheme(4, 8, 32, "token", scale_dtype=scale_dtype, scale_format="integer")  # type: ignore[arg-type]
+        made = make_quantized(scheme)
+        weight = made.weights[DOWN1]
+        # eight groups of the first channel; s = 0.0625 = 2^-4
+        multiplier = [1, 2, 16, 8, 3, 15, 10, 9]
+        weight.multiplier[0] = torch.tensor(multiplier, dtype=torch.uint8)
+        weight.scale[0] = 0.0625 * torch.tensor(multiplier)
+        checkpoint = QuantizedCheckpoint.from_result(made.model, made.plan, made.weights, {}, {})
+        checkpoint.write(tmp_path)
+        tensors = safetensors.numpy.load_file(tmp_path / "weights.safetensors")
+        # less one, the earlier in the low half: 0|1 → 10, 15|7 → 7f, 2|14 → e2, 9|8 → 89
+        assert tensors[f"{DOWN1}.weight.multiplier"][:4].tobytes() == b"\x10\x7f\xe2\x89"
+        # 2^-4: exponent 15 − 4 = 11 → 0 01011 0000000000; 127 − 4 = 123 → 0 01111011 0…
+        stored = {"float16": b"\x00\x2c", "float32": b"\x00\x00\x80\x3d"}[scale_dtype]
+        assert tensors[f"{DOWN1}.weight.scale"].shape == (64, 1)
+        assert tensors[f"{DOWN1}.weight.scale"][0].tobytes() == stored
+        read = QuantizedCheckpoint.read(tmp_path).weights[DOWN1]
+        assert read.scale[0].tolist() == [0.0625 * m for m in multiplier]
+        assert read.channel_scale[0].item() == 0.0625
+
+    @pytest.mark.parametrize(
+        ("layers", "version"),
+        [({}, 1), ({Q0: INTEGER}, 2), ({Q0: LayerScheme(4, 8, "channel", "token")}, 1)],
+        ids=["float scales", "one linear", "channel"],
+    )
+    def test_the_version_is_the_lowest_that_can_say_it(
+        self,
+        make_quantized: Callable[..., Any],
+        layers: dict[str, LayerScheme],
+        version: int,
+        tmp_path: Path,
+    ) -> None:
+        made = make_quantized(SCHEME, layers)
+        made.checkpoint.write(tmp_path)
+        manifest = json.loads((tmp_path / "qdit.json").read_text("utf-8"))
+        assert manifest["version"] == version
+        formats = {
+            name: scheme["scale_format"]
+            for name, scheme in manifest["plan"]["layers"].items()
+            if "scale_format" in scheme
+        }
+        assert formats == ({Q0: "integer"} if version == 2 else {})
+        assert QuantizedCheckpoint.read(tmp_path).plan == made.plan
 
     def test_the_manifest_says_what_the_files_are(self, mixed: Any, tmp_path: Path) -> None:
         mixed.checkpoint.write(tmp_path)
@@ -351,11 +412,13 @@ class TestFormat:
 def dequantized(
     tensors: dict[str, np.ndarray], linear: dict[str, Any], scheme: dict[str, Any]
 ) -> np.ndarray:
-    """ŵ = s·(q − Z) from the stored tensors, bit by bit and in float64."""
-    rows, columns, bits = linear["out_features"], linear["in_features"], scheme["weight_bits"]
+    """ŵ = s·m·(q − Z) from the stored tensors, bit by bit and in float64."""
+    rows, columns = linear["out_features"], linear["in_features"]
     symmetric, name = scheme["weight_symmetric"], linear["name"]
 
-    def integers(packed: np.ndarray, count: int, signed: bool) -> np.ndarray:
+    def integers(
+        packed: np.ndarray, count: int, signed: bool, bits: int = scheme["weight_bits"]
+    ) -> np.ndarray:
         stream = np.unpackbits(packed.reshape(len(packed), -1), axis=1, bitorder="little")
         digits = stream[:, : count * bits].reshape(len(packed), count, bits).astype(np.int64)
         places = 1 << np.arange(bits, dtype=np.int64)
@@ -364,6 +427,10 @@ def dequantized(
 
     scale = tensors[f"{name}.weight.scale"].astype(np.float64)
     values = integers(tensors[f"{name}.weight.packed"], columns, symmetric)
+    if scheme.get("scale_format", "float") == "integer":
+        groups = columns // scheme["weight_group"]
+        flat = tensors[f"{name}.weight.multiplier"].reshape(1, -1)
+        scale = scale * (1 + integers(flat, rows * groups, False, 4).reshape(rows, groups))
     zero = np.zeros_like(scale)
     if not symmetric:
         flat = tensors[f"{name}.weight.zero_point"].reshape(1, -1)
@@ -389,7 +456,7 @@ def sizes_of(config: dict[str, Any], scheme: LayerScheme) -> tuple[int, int, Qua
     packed = sum(
         entry.byte_size
         for name, entry in entries.items()
-        if name.rpartition(".")[2] in ("packed", "scale", "zero_point")
+        if name.rpartition(".")[2] in ("packed", "scale", "zero_point", "multiplier")
     )
     assert packed * 8 == pytest.approx(
         plan.effective_weight_bits(linears) * sum(spec.weight_count for spec in linears)
@@ -397,8 +464,16 @@ def sizes_of(config: dict[str, Any], scheme: LayerScheme) -> tuple[int, int, Qua
     return file_size(entries), packed, plan
 
 
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_dit_xl_in_four_bits_takes_365_mb_at_most(symmetric: bool) -> None:
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        LayerScheme(4, 8, 128, 128),
+        LayerScheme(4, 8, 128, 128, weight_symmetric=False),
+        LayerScheme(4, 8, 128, "token", scale_format="integer"),
+    ],
+    ids=["symmetric", "asymmetric", "integer scales"],
+)
+def test_dit_xl_in_four_bits_takes_365_mb_at_most(scheme: LayerScheme) -> None:
     config = {
         "_class_name": "DiTTransformer2DModel",
         "num_layers": 28,
@@ -408,7 +483,6 @@ def test_dit_xl_in_four_bits_takes_365_mb_at_most(symmetric: bool) -> None:
         "out_channels": 8,
         "num_embeds_ada_norm": 1000,
     }
-    scheme = LayerScheme(4, 8, 128, 128, weight_symmetric=symmetric)
     total, _packed, _plan = sizes_of(config, scheme)
     assert total <= 365e6
 
@@ -475,8 +549,7 @@ class TestWriting:
 
 
 def changed(weight: QuantizedWeight, **fields: Any) -> QuantizedWeight:
-    parts = {name: getattr(weight, name) for name in ("values", "scale", "zero_point", "bits")}
-    return QuantizedWeight(**(parts | fields))
+    return replace(weight, **fields)
 
 
 class TestMaking:
@@ -546,6 +619,60 @@ class TestMaking:
     def test_a_scale_is_no_scale(self, made: Any, name: str, value: float) -> None:
         made.weights[name].scale[0, 0] = value
         with pytest.raises(InputError, match=rf"the scales of {name} must be"):
+            self.make(made)
+
+    @pytest.mark.parametrize(
+        ("name", "scheme", "message"),
+        [
+            (Q0, INTEGER, "must have shapes of values, scales, zero points and multipliers"),
+            (DOWN1, SCHEME, "must have shapes of values, scales, zero points and multipliers"),
+        ],
+        ids=["multipliers missing", "multipliers left over"],
+    )
+    def test_the_scale_formats_differ(
+        self,
+        make_quantized: Callable[..., Any],
+        name: str,
+        scheme: LayerScheme,
+        message: str,
+    ) -> None:
+        made = make_quantized(SCHEME, {DOWN1: INTEGER})
+        plan = QuantizationPlan("w4a8", dict(made.plan.layers) | {name: scheme})
+        with pytest.raises(InputError, match=rf"the weight of {name} {message}"):
+            self.make(made, plan=plan)
+
+    @pytest.mark.parametrize(
+        ("part", "value", "message"),
+        [
+            ("multiplier", 0, r"multipliers of .* must lie in \[1, 16\], got \[0, "),
+            ("multiplier", 17, r"multipliers of .* must lie in \[1, 16\], got \[\d+, 17\]"),
+            ("scale", 0.3, "must be the channel's scale times its multipliers, exactly"),
+        ],
+        ids=["multiplier 0", "multiplier 17", "no multiple"],
+    )
+    def test_multipliers_are_out_of_range_or_not_the_scales(
+        self, make_quantized: Callable[..., Any], part: str, value: float, message: str
+    ) -> None:
+        made = make_quantized(INTEGER)
+        getattr(made.weights[Q0], part)[3, 1] = value
+        with pytest.raises(InputError, match=message):
+            self.make(made)
+
+    @pytest.mark.parametrize(
+        ("scale_dtype", "scale", "message"),
+        [
+            ("float16", 1 + 2.0**-11, "must be exact in float16"),
+            ("float32", 1 + 2.0**-20, "must have at most 20 significant bits"),
+        ],
+    )
+    def test_a_channels_scale_has_too_many_bits(
+        self, make_quantized: Callable[..., Any], scale_dtype: str, scale: float, message: str
+    ) -> None:
+        made = make_quantized(replace(INTEGER, scale_dtype=scale_dtype))  # type: ignore[arg-type]
+        weight = made.weights[Q0]
+        weight.multiplier[3] = 8  # a power of two: the product is exact whatever the scale
+        weight.scale[3] = 8 * scale
+        with pytest.raises(InputError, match=rf"the scales of {Q0} {message}"):
             self.make(made)
 
     @pytest.mark.parametrize("value", [float("inf"), float("nan")])

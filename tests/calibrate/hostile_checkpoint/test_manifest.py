@@ -77,7 +77,7 @@ class TestManifestText:
         ("version", "error", "match"),
         [
             (0, errors.UnsupportedVersionError, r"version 0, written by .*export the model again"),
-            (2, errors.UnsupportedVersionError, r"version 2, .* reads version 1; upgrade qdit"),
+            (3, errors.UnsupportedVersionError, r"version 3, .* versions 1 and 2; upgrade qdit"),
             (10**30, errors.UnsupportedVersionError, "upgrade qdit"),
             (-1, errors.InvalidValueError, "version must be a whole number, got -1"),
             ("1", errors.InvalidValueError, "version must be a whole number, got '1'"),
