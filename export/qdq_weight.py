@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..calibrate.quantizers import QuantizedWeight
+from ..calibrate.schemes import LayerScheme, ScaleDtype
 from .contents import LinearContents
 from .emit import Emitter
 from .opsets import ComputeDtype, onnx_dtype, torch_dtype
@@ -29,7 +30,9 @@ def emit_weight(emit: Emitter, contents: LinearContents, dtype: ComputeDtype) ->
     3. 2, 3 or 4 bits are stored as INT4 or UINT4, 6 and 8 bits as INT8 or UINT8; U when asymmetric.
     4. float32 scales under float16 compute: dequantized in float32, then Cast; a float16 scale
        would round twice.
-    5. Not quantized: a float initializer [K, N].
+    5. Integer scales: the groups' factors s·m as float32 scales, so that every case above holds.
+       They have up to 15 significant bits, so a float16 file takes them as in case 4.
+    6. Not quantized: a float initializer [K, N].
 
     After 1 and 2 a Reshape to the same [K, N] keeps runtimes from fusing DequantizeLinear and
     MatMul into a product with other semantics (docs/adr/0003).
@@ -43,7 +46,7 @@ def emit_weight(emit: Emitter, contents: LinearContents, dtype: ComputeDtype) ->
     size = scheme.weight_group_size(k)
     by_channel = scheme.weight_group == "channel"
     integers = storage_dtype(scheme.weight_bits, scheme.weight_symmetric)
-    scales = onnx_dtype(scheme.scale_dtype) if dtype == "float16" else compute
+    scales = onnx_dtype(_scale_dtype(scheme)) if dtype == "float16" else compute
     name = f"{spec.name}.weight"
     small = [n] if by_channel else [k // size, n]
     inputs = [
@@ -61,6 +64,11 @@ def emit_weight(emit: Emitter, contents: LinearContents, dtype: ComputeDtype) ->
         matrix = emit.node("Cast", [matrix], f"{name}/cast", compute, [k, n], to=compute.value)
     shape = emit.constant([k, n], ir.DataType.INT64)
     return emit.node("Reshape", [matrix, shape], f"{name}/matrix", compute, [k, n])
+
+
+def _scale_dtype(scheme: LayerScheme) -> ScaleDtype:
+    """The narrowest dtype that holds the factors of all groups."""
+    return "float32" if scheme.has_integer_scales else scheme.scale_dtype
 
 
 def storage_dtype(bits: int, symmetric: bool) -> ir.DataType:

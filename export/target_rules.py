@@ -43,7 +43,8 @@ def refuse_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> str | None:
     """`onnxruntime`: MatMulNBits, or an int8 product a token where the plan says 'token'.
 
     1. Weight-only: MatMulNBits in float; the group (K for 'channel') a multiple of a block of 16.
-    2. 'token' activations with 'channel' weights: MatMulInteger; symmetric activations.
+    2. 'token' activations with 'channel' weights, or with integer scales: MatMulInteger on int8
+       weights; symmetric activations. [tested]
     3. Grouped activations: MatMulNBits at accuracy level 4; 8 bits, symmetric, groups 32 … 256
        that divide the weight group (weight scales repeat, activation scales cannot). [tested]
     """
@@ -56,9 +57,12 @@ def refuse_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> str | None:
     if not scheme.activation_symmetric:
         return "its integer products take symmetric activations only"
     if scheme.activation_group == "token":
-        if scheme.weight_group == "channel":
+        if _is_int8_by_channel(scheme):
             return None
-        return "per-token activations need per-channel weights: one integer sum has one scale"
+        return (
+            "per-token activations need per-channel weights or integer scales: one integer sum "
+            "has one scale"
+        )
     if scheme.activation_bits != 8:
         return f"MatMulNBits quantizes activations to 8 bits, not {scheme.activation_bits}"
     if scheme.activation_group not in _NBITS_GROUPS:
@@ -118,27 +122,36 @@ def nearest_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> LayerSchem
 
 
 def refuse_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> str | None:
-    """`tensorrt-int8`: symmetric per-channel weights; activations per tensor with a fixed scale."""
+    """`tensorrt-int8`: symmetric per-channel weights; activations per tensor with a fixed scale.
+
+    Integer scales make int8 weights with one scale a channel, so their groups are no hindrance.
+    """
     if not scheme.quantizes_weights:
         return None
     if scheme.quantizes_activations:
         return "activations must have one scale a tensor, fixed when the engine is built"
-    if scheme.weight_group != "channel":
-        return f"weights must have one scale a channel, got groups of {scheme.weight_group}"
+    if not _is_int8_by_channel(scheme):
+        return (
+            f"weights must have one scale a channel, got groups of {scheme.weight_group} with "
+            "float scales"
+        )
     if not scheme.weight_symmetric:
         return "weights must be symmetric"
     return None
 
 
 def nearest_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
-    """Unquantized where weights are grouped: one scale a channel would be coarser."""
-    if scheme.weight_group != "channel":
+    """Unquantized where weights have float scales a group: one a channel would be coarser."""
+    if not _is_int8_by_channel(scheme):
         return _UNQUANTIZED
     return replace(scheme.weight_only(), weight_symmetric=True)
 
 
 def refuse_tensorrt_int4(spec: LinearSpec, scheme: LayerScheme) -> str | None:
-    """`tensorrt-int4`: weight-only, symmetric, 4 bits in blocks of 64 or 128."""
+    """`tensorrt-int4`: weight-only, symmetric, 4 bits in blocks of 64 or 128.
+
+    Integer scales come as their groups' factors s·m, whose 15 significant bits take float32.
+    """
     if not scheme.quantizes_weights:
         return None
     if scheme.quantizes_activations:
@@ -160,6 +173,11 @@ def nearest_tensorrt_int4(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
     if size % _INT4_BLOCK:
         made = replace(made, weight_group=_finer_group(k, size, _INT4_BLOCK))
     return made
+
+
+def _is_int8_by_channel(scheme: LayerScheme) -> bool:
+    """Whether the weights are integers of 8 bits at most times one scale a channel."""
+    return scheme.weight_group == "channel" or scheme.has_integer_scales
 
 
 def _finer_group(k: int, size: int, multiple_of: int) -> int:

@@ -36,13 +36,18 @@ def _check(scheme: LayerScheme, target: str, in_features: int = _WIDTH) -> str |
 
 
 def _every_scheme() -> list[LayerScheme]:
-    """All presets with all groups of K = 1152, both sides symmetric or not."""
+    """All presets with all groups of K = 1152, both sides symmetric or not, both scale formats."""
     groups = [g for g in GROUP_SIZES if _WIDTH % g == 0]
-    return [
+    made = [
         LayerScheme(*preset_bits(preset), weight_group, activation_group, symmetric, symmetric)
         for preset, symmetric, weight_group, activation_group in itertools.product(
             PRESETS, (True, False), (*groups, "channel"), (32, 96, 128, "token")
         )
+    ]
+    return made + [
+        replace(scheme, scale_format="integer")
+        for scheme in made
+        if scheme.weight_bits <= 4 and scheme.weight_symmetric and scheme.weight_group != "channel"
     ]
 
 
@@ -87,6 +92,11 @@ class TestRules:
             ("onnxruntime", {}),
             ("onnxruntime", {"weight_group": 384, "activation_group": 128}),
             ("onnxruntime", {"weight_group": "channel", "activation_group": "token"}),
+            ("onnxruntime", {"activation_group": "token", "scale_format": "integer"}),
+            ("onnxruntime", {"scale_format": "integer"}),
+            ("tensorrt-plugin", {"activation_group": "token", "scale_format": "integer"}),
+            ("tensorrt-int8", {"activation_bits": 16, "scale_format": "integer"}),
+            ("tensorrt-int4", {"activation_bits": 16, "scale_format": "integer"}),
             ("onnxruntime", {"activation_bits": 16, "weight_group": 96}),
             ("tensorrt-plugin", {"weight_group": 96, "activation_group": "token"}),
             ("tensorrt-plugin", {"activation_bits": 4, "activation_symmetric": False}),
@@ -156,6 +166,10 @@ class TestNearestPlans:
              {"weight_group": 128, "activation_group": "token"}),
             ("tensorrt-int4", {"weight_group": 96}, {"weight_group": 64, "activation_bits": 16}),
             ("tensorrt-int4", {"weight_bits": 8}, {"weight_bits": 16, "activation_bits": 16}),
+            ("tensorrt-int8", {"scale_format": "integer"},
+             {"scale_format": "integer", "activation_bits": 16}),
+            ("onnxruntime", {"activation_symmetric": False, "scale_format": "integer"},
+             {"scale_format": "integer"}),
         ],
     )  # fmt: skip
     def test_change_as_little_as_they_can(
@@ -213,9 +227,20 @@ class TestOnnxRuntimeFacts:
         made = _matmul_nbits(x, quantized, block, 4, level=1)
         assert torch.linalg.norm(made - wanted) <= 1e-6 * torch.linalg.norm(wanted)
 
-    def test_token_scales_follow_one_integer_sum(self) -> None:
-        scheme = LayerScheme(8, 8, "channel", "token")
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            LayerScheme(8, 8, "channel", "token"),
+            LayerScheme(4, 8, 64, "token", scale_format="integer"),
+            LayerScheme(3, 8, 32, "token", scale_dtype="float32", scale_format="integer"),
+        ],
+        ids=["channel", "integer scales", "3 bits, integer scales"],
+    )
+    def test_token_scales_follow_one_integer_sum(self, scheme: LayerScheme) -> None:
         quantized = quantize_weight_nearest(torch.randn(64, 256), scheme)
+        weight, weight_scale = quantized.values, quantized.scale
+        if scheme.has_integer_scales:
+            weight, weight_scale = quantized.int8_values(), quantized.channel_scale
         x = torch.randn(9, 256)
         integers, scale, _ = quantize_activation(x, scheme)
         node = helper.make_node("MatMulInteger", ["a", "b", "za"], ["y"])
@@ -223,11 +248,11 @@ class TestOnnxRuntimeFacts:
             [node],
             {
                 "a": (integers[:, 0] + 128).to(torch.uint8).numpy(),
-                "b": quantized.values.T.contiguous().numpy(),
+                "b": weight.T.contiguous().numpy(),
                 "za": np.array(128, np.uint8),
             },
         )
-        made = torch.from_numpy(sums) * scale[:, 0] * quantized.scale[:, 0]
+        made = torch.from_numpy(sums) * scale[:, 0] * weight_scale[:, 0]
         wanted = fake_quantize_activation(x, scheme) @ quantized.dequantize().T
         assert torch.linalg.norm(made - wanted) <= 1e-6 * torch.linalg.norm(wanted)
 

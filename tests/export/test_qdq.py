@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,19 @@ def _scheme(weight_bits: int, activation_bits: int, group: object, symmetric: bo
     )
 
 
+def _with_integer_scales() -> list[LayerScheme]:
+    integer = LayerScheme(4, 8, 128, "token", scale_format="integer")
+    return [
+        integer,
+        replace(integer, weight_group=64, activation_group=64),
+        replace(integer, weight_group=32, scale_dtype="float32", activation_symmetric=False),
+        replace(integer, weight_bits=3, weight_group=64),
+        replace(integer, weight_bits=2, weight_group=32),
+        replace(integer, activation_bits=16),
+        replace(integer, activation_bits=4, activation_group=32),
+    ]
+
+
 def _schemes() -> list[LayerScheme]:
     made = [
         _scheme(weight_bits, 8, group, symmetric)
@@ -61,6 +74,7 @@ def _schemes() -> list[LayerScheme]:
     made += [_scheme(*bits, 64, symmetric) for bits in others for symmetric in (True, False)]
     made.append(LayerScheme(4, 8, 32, "token", True, False, "float32"))
     made.append(LayerScheme(8, 8, "channel", 32, False, True))
+    made += _with_integer_scales()
     return made
 
 
@@ -95,7 +109,8 @@ def w4a8(small_model: DiffusionModel, export_folder: Path) -> Case:
 
 def _mixed(model: DiffusionModel, tracer: Tracer, folder: Path, number: int) -> Case:
     """The `number`-th twelve of `SCHEMES`, one on each linear of the two blocks but adaLN."""
-    plan = uniform_plan("w4a8", LayerScheme(), model.linears)
+    scale_format = "integer" if number % 2 else "float"  # adaLN linears have it
+    plan = uniform_plan("w4a8", LayerScheme(scale_format=scale_format), model.linears)  # type: ignore[arg-type]
     layers = dict(plan.layers)
     places = [spec.name for spec in model.linears if spec.role != "adaln"]
     layers.update(zip(places, SCHEMES[len(places) * number :], strict=False))
@@ -156,6 +171,8 @@ class TestLinears:
         assert max(errors.values()) <= SAME_INPUT_BOUND, errors
 
     def test_weight_only_adaln_equals_it_too(self, runs: list[LinearRun]) -> None:
+        formats = {run.scheme.scale_format for run in runs if run.name.endswith("norm1.linear")}
+        assert formats == {"float", "integer"}
         errors = [run.error for run in runs if run.name.endswith("norm1.linear")]
         assert max(errors) <= SAME_INPUT_BOUND
 
@@ -322,11 +339,22 @@ class TestSettings:
         again = export_qdq(one_block.checkpoint, tmp_path / "model.onnx")
         assert _sha256(again.path) == _sha256(one_block.path)
 
-    @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
+    @pytest.mark.parametrize(
+        "scheme",
+        [
+            LayerScheme(4, 8, 64, 64, False, False, "float16"),
+            LayerScheme(4, 8, 64, 64, False, False, "float32"),
+            LayerScheme(4, 8, 64, "token", scale_format="integer"),
+        ],
+        ids=["float16", "float32", "integer"],
+    )
     def test_float16_computes_like_the_float16_simulation(
-        self, scale_dtype: str, small_model: DiffusionModel, half_tracer: Tracer, tmp_path: Path
+        self,
+        scheme: LayerScheme,
+        small_model: DiffusionModel,
+        half_tracer: Tracer,
+        tmp_path: Path,
     ) -> None:
-        scheme = LayerScheme(4, 8, 64, 64, False, False, scale_dtype)  # type: ignore[arg-type]
         plan = uniform_plan("w4a8", scheme, small_model.linears)
         checkpoint = quantize_nearest(small_model, plan)
         exported = half_tracer.export(small_model, checkpoint, tmp_path / "model.onnx")

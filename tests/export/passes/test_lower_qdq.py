@@ -213,6 +213,22 @@ class TestWeights:
         assert (weight.dtype, list(weight.shape)) == (ir.DataType[dtype], [64, _OUT])
         assert ("layer.weight_zero_point" in model.graph.initializers) == (not symmetric)
 
+    @pytest.mark.parametrize("group", [32, 128, 144, 1152], ids=str)
+    @pytest.mark.parametrize("bits", [2, 3, 4], ids=lambda bits: f"w{bits}")
+    def test_integer_scales_are_written_as_the_groups_factors(self, bits: int, group: int) -> None:
+        """Case 5 of `emit_weight`: s·m as float32, and the matrix that an int8 weight gives."""
+        scheme = LayerScheme(bits, 16, group, scale_format="integer")
+        contents = replace(_contents(scheme, 1152), bias=None)
+        quantized = contents.quantized()
+        model = _lower([contents])
+        scale = model.graph.initializers["layer.weight_scale"].const_value
+        assert scale is not None
+        np.testing.assert_array_equal(scale.numpy(), quantized.scale.numpy().T)
+        identity = np.eye(1152, dtype=np.float32)[None]
+        made = _run(model, identity)["layer.output"][0]
+        int8 = quantized.int8_values() * quantized.channel_scale
+        np.testing.assert_array_equal(made, int8.numpy().T)
+
     def test_unquantized_weights_are_a_plain_product(self) -> None:
         """Case 5 of the pass."""
         scheme = LayerScheme(16, 16)
@@ -232,16 +248,20 @@ class TestWeights:
         assert model.graph.outputs[0].producer().op_type == "MatMul"
         assert json.loads(model.metadata_props["qdit.linears"])["layer"]["output"] == "layer.output"
 
-    @pytest.mark.parametrize("scale_dtype", ["float16", "float32"])
-    def test_float16_weights_are_rounded_once(self, scale_dtype: str) -> None:
-        scheme = LayerScheme(4, 16, 32, scale_dtype=scale_dtype)  # type: ignore[arg-type]
+    @pytest.mark.parametrize(
+        ("scheme", "dtype"),
+        [
+            (LayerScheme(4, 16, 32), "FLOAT16"),
+            (LayerScheme(4, 16, 32, scale_dtype="float32"), "FLOAT"),
+            (LayerScheme(4, 16, 32, scale_format="integer"), "FLOAT"),
+        ],
+        ids=["float16", "float32", "integer"],
+    )
+    def test_float16_weights_are_rounded_once(self, scheme: LayerScheme, dtype: str) -> None:
         contents = replace(_contents(scheme, 64), bias=None)
         model = _lower([contents], "float16")
         (dequantize,) = (n for n in model.graph if n.op_type == "DequantizeLinear")
-        assert (
-            dequantize.inputs[1].dtype
-            == ir.DataType["FLOAT" if scale_dtype == "float32" else "FLOAT16"]
-        )
+        assert dequantize.inputs[1].dtype == ir.DataType[dtype]
         identity = np.eye(64, dtype=np.float16)[None]
         made = _run(model, identity)["layer.output"][0]
         wanted = contents.quantized().dequantize().half().numpy().T
