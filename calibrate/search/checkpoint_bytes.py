@@ -13,13 +13,16 @@ from ..checkpoint_layout import (
     weight_entries,
 )
 from ..checkpoint_make import linear_entries
+from ..checkpoint_manifest import schema_version
 from ..checkpoint_model import find_ties, stored_tensors
 from ..model import DiffusionModel
 from ..plan import QuantizationPlan
+from ..schemes import LayerScheme
 from ..tensor_file import TensorEntry, header_bytes
 
 # What the manifest holds beyond the model and the plan: measured on the demo model's checkpoint.
 _PROVENANCE_BYTES = 700
+_FLOAT_SCALES_BYTES = 110
 _METRICS_BYTES = 90  # a linear: two errors of 17 digits with their keys
 
 
@@ -56,7 +59,7 @@ def _manifest_bytes(model: DiffusionModel, plan: QuantizationPlan) -> int:
     linears = model.linears
     known = {
         "format": "qdit-checkpoint",
-        "version": 1,
+        "version": schema_version(plan),
         "model": {
             "name": model.name,
             "family": model.family.name,
@@ -72,5 +75,10 @@ def _manifest_bytes(model: DiffusionModel, plan: QuantizationPlan) -> int:
     }
     # configs may hold tuples and other values that JSON writes in its own way
     text = canonical_json(json.loads(json.dumps(known, default=str)))
-    metrics = sum(len(spec.name) + _METRICS_BYTES for spec in linears)
+    metrics = sum(len(spec.name) + _metrics_bytes(plan[spec.name]) for spec in linears)
     return len(text.encode()) + _PROVENANCE_BYTES + metrics
+
+
+def _metrics_bytes(scheme: LayerScheme) -> int:
+    """With integer scales the errors of float ones are there too."""
+    return _METRICS_BYTES + (_FLOAT_SCALES_BYTES if scheme.has_integer_scales else 0)

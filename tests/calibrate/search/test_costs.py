@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qdit.calibrate.block_store import LayerError
 from qdit.calibrate.plan import LinearSpec, uniform_plan
 from qdit.calibrate.schemes import LayerScheme
 from qdit.calibrate.search.bitops import linear_bitops
@@ -26,6 +27,7 @@ SCHEMES = {
     "w4 g32": LayerScheme(weight_group=32, activation_group="token"),
     "w3 channel asym": LayerScheme(3, 8, "channel", "token", False),
     "w6 g64 float32": LayerScheme(6, 8, 64, 32, scale_dtype="float32"),
+    "w4 g32 int": LayerScheme(weight_group=32, activation_group=32, scale_format="integer"),
     "w16": LayerScheme(weight_bits=16, activation_bits=16),
 }
 schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES.keys())
@@ -50,9 +52,23 @@ def test_bytes_are_a_written_checkpoints(
     fixed = fixed_checkpoint_bytes(made.model, made.plan)
     total = bytes_cost(linears, fixed).total(made.plan)
     # everything but the manifest's provenance and metrics, which this checkpoint nearly lacks
-    metrics = sum(len(spec.name) + 90 for spec in linears)
+    metrics = sum(len(spec.name) + (200 if scheme.has_integer_scales else 90) for spec in linears)
     assert 0 <= total - written <= 700 + metrics
     assert total > tensors
+
+
+def test_the_bytes_of_metrics_are_allowed_for(make_quantized: Callable) -> None:
+    """A linear's errors, with integer scales those of float ones too, as an export writes them."""
+    made = make_quantized(SCHEMES["w4 g32 int"], num_layers=3)
+    error = LayerError(1 / 3, 2 / 3, LayerError(1 / 7, 2 / 7)).to_json()
+    metrics = {spec.name: error for spec in made.model.linears}
+    checkpoint = type(made.checkpoint).from_result(
+        made.model, made.plan, made.weights, {"weights": "gptq", "seed": 0}, metrics
+    )
+    fixed = fixed_checkpoint_bytes(made.model, made.plan)
+    total = bytes_cost(made.model.linears, fixed).total(made.plan)
+    # what docs/search.md promises
+    assert total == pytest.approx(checkpoint.byte_size, abs=1024)
 
 
 def test_bytes_differ_between_plans_as_files_do(make_quantized: Callable) -> None:
@@ -81,6 +97,11 @@ BITOPS = {
         LayerScheme(4, 8, 32, "token"),
         2 * 3 * 64 * 4 * 8 + 2 * 3 * (2 * 32 * 16 + 32 * 32) + 2 * (64 + 1) * 1024,
     ),
+    # 2 segments times a multiplier of 5 bits, 1 sum times the channel's scale and the token's
+    "integer scales": (
+        LayerScheme(4, 8, 32, "token", scale_format="integer"),
+        2 * 3 * 64 * 4 * 8 + 2 * 3 * (2 * 32 * 5 + 32 * 16 + 32 * 32) + 2 * (64 + 1) * 1024,
+    ),
     # the activation side is the finer one, and both have zero points in each of 2 segments
     "asymmetric": (
         LayerScheme(4, 8, "channel", 32, False, False),
@@ -104,8 +125,10 @@ def test_bitops_of_groups_that_do_not_nest() -> None:
     assert linear_bitops(spec_of(192, 1), scheme, rows=1) == expected
 
 
-def test_finer_groups_never_cost_less(linears: list[LinearSpec]) -> None:
-    space = search_space(linears, LayerScheme(), "w4a8", tied=True)
+@pytest.mark.parametrize("scale_format", ["float", "integer"])
+def test_finer_groups_never_cost_less(linears: list[LinearSpec], scale_format: str) -> None:
+    scheme = LayerScheme(scale_format=scale_format)  # type: ignore[arg-type]
+    space = search_space(linears, scheme, "w4a8", tied=True)
     for costs in (effective_bits_cost(linears), bytes_cost(linears, 0), bitops_cost(linears, 64)):
         for row in choice_costs(costs, space).values():
             assert list(row) == sorted(row, reverse=True)

@@ -47,6 +47,21 @@ def test_adaln_is_weight_only(space: SearchSpace) -> None:
     assert not any(s.quantizes_activations for s in space.choices[ADALN])
 
 
+def test_integer_scales_are_carried_to_every_choice_that_has_groups(
+    linears: list[LinearSpec], space: SearchSpace
+) -> None:
+    integer = search_space(linears, LayerScheme(scale_format="integer"), "w4a8")
+    assert integer.sizes == space.sizes
+    assert integer.digest != space.digest
+    for choices in integer.choices.values():
+        for scheme in choices:
+            assert scheme.has_integer_scales == (scheme.weight_group != "channel")
+    plan = integer.plan(integer.uniform(64))
+    assert integer.genome(plan) == integer.uniform(64)
+    with pytest.raises(InputError, match=f"got w4 g64 · a16 for {ADALN}"):
+        integer.genome(space.plan(space.uniform(64)))
+
+
 def test_sixteen_bit_sides_have_no_choice(linears: list[LinearSpec]) -> None:
     weight_only = search_space(linears, SCHEME.weight_only(), "w4a16")
     assert [s.weight_group for s in weight_only.choices[Q]] == [32, 64, 96, "channel"]
