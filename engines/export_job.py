@@ -169,13 +169,14 @@ def quantize(job: Job) -> QuantizedCheckpoint:
             device=job.model.device,
             progress=job.progress,
             folder=folder,
+            compare_scales=True,
         )
         QuantizedCheckpoint.from_result(
             job.model,
             job.plan,
             result.weights,
             provenance=_provenance(job),
-            metrics={name: asdict(error) for name, error in result.errors.items()},
+            metrics={name: error.to_json() for name, error in result.errors.items()},
         ).write(job.output)
 
     job.workspace.run("quantize", inputs, work)

@@ -20,6 +20,7 @@ from ..parity import DenoiserParity
 from ..parity_images import ImageParity
 from ..parity_measure import Comparison, Worst
 from ..parity_timesteps import BOUND_FACTOR, DenoiserBound
+from .integer_scales import integer_scales_entry
 from .schema import (
     BlockEntry,
     BoundEntry,
@@ -85,12 +86,13 @@ def build_report(
     """
     facts = dict(machine)
     versions = facts.pop("versions", {})
+    plan = _plan(checkpoint)
     moment = created or datetime.now(timezone.utc)
     return Report(
         created=moment.isoformat(timespec="seconds"),
         command=command,
         model=_model(model),
-        plan=_plan(checkpoint),
+        plan=plan,
         sizes=_sizes(checkpoint, output, files),
         sampling=SamplingEntry(**asdict(settings)),
         parity=_parity(proof),
@@ -99,6 +101,7 @@ def build_report(
         versions=versions,
         warnings=tuple(warnings),
         search=search,
+        integer_scales=integer_scales_entry(checkpoint.plan, checkpoint.linears, plan.layers),
     )
 
 
@@ -128,6 +131,8 @@ def _layer(checkpoint: QuantizedCheckpoint, spec: LinearSpec) -> LayerEntry:
     scheme = checkpoint.plan[spec.name]
     errors = checkpoint.metrics.get(spec.name)
     known: dict[str, Any] = errors if isinstance(errors, dict) else {}
+    others = known.get("float_scales")
+    compared: dict[str, Any] = others if isinstance(others, dict) else {}
     return LayerEntry(
         name=spec.name,
         role=spec.role,
@@ -139,6 +144,8 @@ def _layer(checkpoint: QuantizedCheckpoint, spec: LinearSpec) -> LayerEntry:
         bytes=round(scheme.effective_weight_bits(spec.in_features) * spec.weight_count / 8),
         weight_error=known.get("weight"),
         output_error=known.get("output"),
+        float_scales_weight_error=compared.get("weight"),
+        float_scales_output_error=compared.get("output"),
     )
 
 

@@ -12,10 +12,12 @@ from markupsafe import Markup
 
 from . import numbers
 from .grid import DIFFERENCE_GAIN, Pixels, Samples, encode
+from .integer_scales import integer_scales_plot, integer_scales_text
 from .plots import MOST_LABELLED_BLOCKS, all_plots, layer_errors
 from .schema import CheckEntry, Report
 from .search_plots import search_plots
 from .search_text import front_note, plan_table, sentences
+from .svg import Picture
 
 _TEMPLATE = "report.html.j2"
 _STYLE = "report.css"
@@ -66,7 +68,7 @@ def render(report: Report, samples: Samples | None) -> str:
         style=Markup(folder.joinpath(_STYLE).read_text(encoding="utf-8")),
         plots={
             name: {"wide": Markup(p.wide), "narrow": Markup(p.narrow), "alt": p.alt}
-            for name, p in (all_plots(report) | search_plots(report)).items()
+            for name, p in _plots(report).items()
         },
         tiles=tiles(report),
         rows=[] if samples is None else sample_rows(samples, report.plan.bits),
@@ -78,6 +80,7 @@ def render(report: Report, samples: Samples | None) -> str:
         search_sentences=[] if report.search is None else sentences(report, report.search),
         search_note="" if report.search is None else front_note(report.search),
         search_table=None if report.search is None else plan_table(report.search),
+        integer_scales_text=integer_scales_text(report),
         layers_note=_layers_note(report),
         tall_layers=len({layer.block for layer in report.plan.layers}) > MOST_LABELLED_BLOCKS,
         machine=_machine_rows(report),
@@ -86,6 +89,12 @@ def render(report: Report, samples: Samples | None) -> str:
         has_errors=any(layer.weight_error is not None for layer in report.plan.layers),
         same_input={linear.name: linear.relative_error for linear in report.parity.linears},
     )
+
+
+def _plots(report: Report) -> dict[str, Picture]:
+    scales = integer_scales_plot(report)
+    found = {} if scales is None else {"integer_scales": scales}
+    return all_plots(report) | search_plots(report) | found
 
 
 def tiles(report: Report) -> list[Tile]:

@@ -45,8 +45,9 @@ class ModelEntry(Entry):
 class LayerEntry(Entry):
     """One linear: weight [out_features, in_features], its scheme, bytes and errors.
 
-    `bytes` counts integers, scales and zero points. `weight_error` and `output_error` come from
-    calibration: ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ)X‖ / ‖WX‖; null where calibration did not measure them.
+    `bytes` counts integers, scales, multipliers and zero points. `weight_error` and `output_error`
+    come from calibration: ‖W − Ŵ‖ / ‖W‖ and ‖(W − Ŵ)X‖ / ‖WX‖; the `float_scales_…` ones are what
+    float scales of the same groups would have given. Null where calibration did not measure them.
     """
 
     name: str
@@ -61,10 +62,13 @@ class LayerEntry(Entry):
     weight_symmetric: bool
     activation_symmetric: bool
     scale_dtype: str
+    scale_format: str = "float"
     scheme: str
     bytes: int
     weight_error: Error = None
     output_error: Error = None
+    float_scales_weight_error: Error = None
+    float_scales_output_error: Error = None
 
 
 class PlanEntry(Entry):
@@ -74,6 +78,22 @@ class PlanEntry(Entry):
     effective_weight_bits: float
     weights: str
     layers: tuple[LayerEntry, ...]
+
+
+class IntegerScalesEntry(Entry):
+    """The `linears` with integer scales beside themselves with float scales of the same groups.
+
+    Errors are root mean squares over these linears of what `LayerEntry` has; null where
+    calibration measured none. Bits are the effective ones over these linears.
+    """
+
+    linears: int = Field(ge=1)
+    effective_weight_bits: float
+    float_scales_effective_weight_bits: float
+    weight_error: Error
+    float_scales_weight_error: Error
+    output_error: Error
+    float_scales_output_error: Error
 
 
 class FileEntry(Entry):
@@ -247,7 +267,8 @@ class ParityEntry(Entry):
 class Report(Entry):
     """The whole of report.json. `timings_s` is by step of the job, in seconds.
 
-    `search` is null where the plan was given and not searched for.
+    `search` is null where the plan was given and not searched for, `integer_scales` where no linear
+    has any.
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -263,6 +284,7 @@ class Report(Entry):
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
     search: SearchEntry | None = None
+    integer_scales: IntegerScalesEntry | None = None
 
     def write(self, path: Path) -> None:
         """Write canonical JSON, atomically."""

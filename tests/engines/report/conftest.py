@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.families.dit import FAMILY
 from qdit.calibrate.fid import FidDifference
 from qdit.calibrate.model import DiffusionModel, ModelSource
-from qdit.calibrate.plan import uniform_plan
+from qdit.calibrate.plan import QuantizationPlan, uniform_plan
 from qdit.calibrate.quantizers import quantize_weight_nearest
 from qdit.calibrate.sampling import SamplingSettings
 from qdit.calibrate.schemes import LayerScheme
@@ -63,6 +65,31 @@ def checkpoint(model: DiffusionModel) -> QuantizedCheckpoint:
     }
     metrics = {spec.name: {"weight": 0.08, "output": 0.02} for spec in model.linears}
     return QuantizedCheckpoint.from_result(model, plan, weights, {"weights": "nearest"}, metrics)
+
+
+@pytest.fixture(scope="session")
+def integer_checkpoint(model: DiffusionModel) -> QuantizedCheckpoint:
+    """Integer scales in all linears but the adaLN ones."""
+    plan = uniform_plan("w4a8", LayerScheme(4, 8, 32, "token"), model.linears)
+    layers = {
+        spec.name: replace(plan[spec.name], scale_format="integer")
+        if spec.role != "adaln"
+        else plan[spec.name]
+        for spec in model.linears
+    }
+    plan = QuantizationPlan("w4a8", layers)
+    weights = {
+        spec.name: quantize_weight_nearest(
+            model.denoiser.get_submodule(spec.name).weight, plan[spec.name]
+        )
+        for spec in model.linears
+    }
+    metrics: dict[str, dict[str, Any]] = {}
+    for number, spec in enumerate(model.linears):
+        metrics[spec.name] = {"weight": 0.08, "output": 0.02 + 0.001 * number}
+        if plan[spec.name].has_integer_scales:
+            metrics[spec.name]["float_scales"] = {"weight": 0.1, "output": 0.025}
+    return QuantizedCheckpoint.from_result(model, plan, weights, {"weights": "gptq"}, metrics)
 
 
 @pytest.fixture(scope="session")
