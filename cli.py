@@ -56,6 +56,14 @@ ActivationSymmetric = Annotated[
     ),
 ]
 ScaleDtype = Annotated[str, typer.Option(help="Stored dtype of weight scales: float16 or float32.")]
+ScaleFormat = Annotated[
+    str,
+    typer.Option(
+        help="Weight scales: float, one a group; or integer, an integer 1 … 16 a group and one "
+        "float a channel, so that weights of 4 bits or fewer become int8 "
+        "(--bits w4a8 --activation-group-size token --scale-format integer)."
+    ),
+]
 Plan = Annotated[
     Path | None,
     typer.Option(help="JSON file with schemes for single layers (docs/format.md).", metavar="FILE"),
@@ -231,6 +239,7 @@ def _export(
     weight_symmetric: WeightSymmetric = None,
     activation_symmetric: ActivationSymmetric = None,
     scale_dtype: ScaleDtype = "float16",
+    scale_format: ScaleFormat = "float",
     plan: Plan = None,
     search: Search = None,
     budget: Budget = "effective-bits=g128",
@@ -359,6 +368,7 @@ def _bench(
     weight_symmetric: WeightSymmetric = None,
     activation_symmetric: ActivationSymmetric = None,
     scale_dtype: ScaleDtype = "float16",
+    scale_format: ScaleFormat = "float",
     plan: Plan = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     blocks: Annotated[

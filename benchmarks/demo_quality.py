@@ -3,8 +3,9 @@
     python benchmarks/demo_quality.py --images 10000 --steps 20 --guidance 1.5 --device cuda
     python benchmarks/demo_quality.py --images 64 --steps 10 --guidance 1.0 --schemes w4a8:128:128
 
-A scheme is BITS:WEIGHT_GROUP:ACTIVATION_GROUP. Every row starts from the same noise, and the
-full-precision images are made once. PSNR is over all values of all images, peak 2 ([-1, 1]).
+A scheme is BITS:WEIGHT_GROUP:ACTIVATION_GROUP, with :integer behind it for integer scales. Every
+row starts from the same noise, and the full-precision images are made once. PSNR is over all values
+of all images, peak 2 ([-1, 1]).
 """
 
 from __future__ import annotations
@@ -60,13 +61,14 @@ class Sampler:
 
 
 def parse_scheme(text: str) -> LayerScheme:
-    bits, weight_group, activation_group = text.split(":")
+    bits, weight_group, activation_group, *scale_format = text.split(":")
     weight_bits, activation_bits = preset_bits(bits)
     return LayerScheme(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
         weight_group=int(weight_group) if weight_group.isdigit() else "channel",
         activation_group=int(activation_group) if activation_group.isdigit() else "token",
+        scale_format="".join(scale_format) or "float",  # type: ignore[arg-type]
     )
 
 

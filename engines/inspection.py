@@ -33,7 +33,7 @@ class LinearRow:
 
     @property
     def byte_size(self) -> int:
-        """Bytes of integers, scales and zero points, without the bias."""
+        """Bytes of integers, scales, multipliers and zero points, without the bias."""
         bits = self.scheme.effective_weight_bits(self.in_features)
         return round(bits * self.in_features * self.out_features / 8)
 
@@ -174,6 +174,7 @@ def as_json(found: Inspection) -> str:
             "in_features": row.in_features,
             "out_features": row.out_features,
             "bytes": row.byte_size,
+            "scale_format": row.scheme.scale_format,
             **row.scheme.to_json(),
         }
         for row in found.linears

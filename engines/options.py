@@ -18,6 +18,7 @@ from ..calibrate.schemes import (
     ActivationGroup,
     LayerScheme,
     ScaleDtype,
+    ScaleFormat,
     WeightGroup,
     preset_bits,
 )
@@ -53,6 +54,7 @@ class SchemeOptions(Options):
     weight_symmetric: bool | None = None
     activation_symmetric: bool | None = None
     scale_dtype: ScaleDtype = "float16"
+    scale_format: ScaleFormat = "float"
     plan: Path | None = None
 
     @field_validator("bits")
@@ -62,12 +64,15 @@ class SchemeOptions(Options):
         return f"w{weight_bits}a{activation_bits}"
 
     def scheme(self) -> LayerScheme:
-        """The uniform scheme of the flags; the activation group follows the weight group."""
+        """The uniform scheme of the flags; the activation group follows the weight group.
+
+        Raises `InputError` for flags that make no scheme, or whose scale format means nothing.
+        """
         weight_bits, activation_bits = preset_bits(self.bits)
         activation_group = self.activation_group_size
         if activation_group is None:
             activation_group = "token" if self.group_size == "channel" else self.group_size
-        return LayerScheme(
+        scheme = LayerScheme(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
             weight_group=self.group_size,
@@ -75,7 +80,15 @@ class SchemeOptions(Options):
             weight_symmetric=_first(self.weight_symmetric, self.symmetric),
             activation_symmetric=_first(self.activation_symmetric, self.symmetric),
             scale_dtype=self.scale_dtype,
+            scale_format=self.scale_format,
         )
+        if scheme.scale_format != self.scale_format:
+            raise InputError(
+                f"integer scales are those of weight groups, got --bits {self.bits} --group-size "
+                f"{self.group_size}; use weights of 4 bits or fewer in groups of 32 … 1152, or "
+                "leave --scale-format out"
+            )
+        return scheme
 
     def plan_for(self, model: DiffusionModel) -> QuantizationPlan:
         """The plan of these flags for a model; `--plan FILE` overrides single layers."""

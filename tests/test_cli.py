@@ -179,6 +179,10 @@ def test_dry_run_says_what_would_be_searched(
     [
         (["--bits", "w5a8"], r"bits must be one of w8a8"),
         (["--group-size", "48"], r"weight group must be one of 32"),
+        (
+            ["--bits", "w8a8", "--scale-format", "integer"],
+            r"integer scales need weights of 2, 3, 4",
+        ),
         (["--group-size", "128"], r"must divide the 64 input channels .* got 128; use one of 32"),
         (["--opset", "20"], r"opset"),
         (["--device", "cuda:99"], r"device 'cuda:99' is not there"),
@@ -280,6 +284,7 @@ def test_inspect_lists_every_linear(
     assert len(found["linears"]) == 2 * 7
     assert found["effective_weight_bits"] == pytest.approx(4.5)
     assert {row["weight_group"] for row in found["linears"]} == {32}
+    assert {row["scale_format"] for row in found["linears"]} == {"float"}
     assert run("inspect", str(exported / artifact)) == 0
     assert "transformer_blocks.1.ff.net.2" in capsys.readouterr().out
 
@@ -292,6 +297,42 @@ def test_inspect_says_what_each_target_can_run(
     assert targets["qdq"]["runs"]
     assert not targets["tensorrt-int8"]["runs"]
     assert targets["tensorrt-int8"]["reason"]
+
+
+def test_integer_scales_from_calibration_to_the_report(
+    small_model: Path,
+    fid_flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # tables of a wide terminal
+    flags = ["--scale-format", "integer", "--activation-group-size", "token"]
+    output = tmp_path / "out"
+    assert run("export", str(small_model), *SMALL, *flags, *fid_flags, "--output", str(output)) == 0
+    report = report_of(output)
+    assert report["parity"]["passed"] is True
+    # 4 + 4/32 + 16/K: K is 64 for six linears of each block and 256 for the seventh
+    sizes = [layer["in_features"] * layer["out_features"] for layer in report["plan"]["layers"]]
+    bits = [4.125 + 16 / layer["in_features"] for layer in report["plan"]["layers"]]
+    expected = sum(n * b for n, b in zip(sizes, bits, strict=True)) / sum(sizes)
+    assert report["plan"]["effective_weight_bits"] == pytest.approx(expected)
+    summary = report["integer_scales"]
+    assert summary["linears"] == 2 * 7
+    assert summary["effective_weight_bits"] == pytest.approx(expected)
+    assert summary["float_scales_effective_weight_bits"] == pytest.approx(4.5)
+    # choosing among the integers near a scale gains what rounding it to them costs
+    assert 0 < summary["output_error"] < 1.05 * summary["float_scales_output_error"]
+    assert "Integer scales" in (output / "report.html").read_text("utf-8")
+    for artifact in (".", "model.onnx"):
+        assert run("inspect", str(output / artifact), "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert {row["scale_format"] for row in found["linears"]} == {"integer"}
+        assert found["effective_weight_bits"] == pytest.approx(expected, rel=1e-3)
+    assert run("inspect", str(output)) == 0
+    assert "w4 g32 int" in capsys.readouterr().out
+    assert run("validate", str(output), "--fid-samples", "0", "-q") == 0
+    assert report_of(output)["integer_scales"] == summary
 
 
 @pytest.mark.parametrize("name", ["none", "broken.onnx"], ids=["missing", "damaged"])

@@ -21,6 +21,12 @@ def test_one_side_can_be_asymmetric() -> None:
     assert (scheme.weight_symmetric, scheme.activation_symmetric) == (False, True)
 
 
+def test_integer_scales_are_a_flag() -> None:
+    scheme = SchemeOptions(scale_format="integer", activation_group_size="token").scheme()
+    assert scheme.label == "w4 g128 int · a8 token"
+    assert not SchemeOptions().scheme().has_integer_scales
+
+
 def test_16_16_is_a_preset() -> None:
     scheme = SchemeOptions(bits="16/16").scheme()
     assert not scheme.quantizes_weights
@@ -37,6 +43,7 @@ def test_16_16_is_a_preset() -> None:
         ({"dtype": "bfloat16"}, r"dtype: .*'float32' or 'float16', got 'bfloat16'"),
         ({"guidance_scale": 0.5}, r"guidance-scale: .*got 0.5"),
         ({"fid_samples": -1}, r"fid-samples: .*got -1"),
+        ({"scale_format": "int"}, r"scale-format: .*'float' or 'integer', got 'int'"),
         ({"reference": "/nowhere.npz"}, r"no such file: /nowhere.npz"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -52,8 +59,25 @@ def test_bad_values_get_one_line(values: dict[str, object], message: str) -> Non
     [
         ({"group_size": 48}, "weight group must be one of 32, .*channel, got 48"),
         ({"activation_group_size": 33}, "activation group must be one of 32, .*token, got 33"),
+        (
+            {"scale_format": "integer", "bits": "w6a8"},
+            "integer scales need weights of 2, 3, 4 bits, got 6",
+        ),
+        (
+            {"scale_format": "integer", "symmetric": False},
+            "integer scales need symmetric weights, got asymmetric",
+        ),
+        # nothing that a flag says is ignored
+        (
+            {"scale_format": "integer", "group_size": "channel"},
+            "integer scales are those of weight groups, got --bits w4a8 --group-size channel; use",
+        ),
+        (
+            {"scale_format": "integer", "bits": "16/16"},
+            "integer scales are those of weight groups, got --bits w16a16 .* leave --scale-format",
+        ),
     ],
-    ids=["weight", "activation"],
+    ids=["weight", "activation", "6 bits", "asymmetric", "channel", "16 bits"],
 )
 def test_bad_groups_are_refused_by_the_scheme(values: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
