@@ -231,6 +231,29 @@ def test_every_kind_of_budget_is_kept(
         assert QuantizedCheckpoint.read(output).byte_size <= entry.budget.value + 1024
 
 
+@pytest.mark.parametrize("budget", ["effective-bits=g32", "bytes=g64"])
+def test_a_search_among_integer_scales_keeps_its_budget(
+    budget: str, make_options: Callable[..., ExportOptions], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    options = make_options(output, budget=budget, scale_format="integer")
+    quantize_and_export(options, Silent())
+    entry, checkpoint = search_of(output), QuantizedCheckpoint.read(output)
+    for scheme in checkpoint.plan.layers.values():
+        assert scheme.has_integer_scales == (scheme.weight_group != "channel")
+    assert any(scheme.has_integer_scales for scheme in checkpoint.plan.layers.values())
+    bits = checkpoint.plan.effective_weight_bits(checkpoint.linears)
+    assert entry.effective_weight_bits == pytest.approx(bits)
+    if budget == "bytes=g64":
+        assert checkpoint.byte_size <= entry.budget.value + 1024
+    else:
+        # uniform g32: 4 + 4/32 + 16/K
+        sizes = {s.name: s.weight_count for s in checkpoint.linears}
+        expected = sum((4.125 + 16 / s.in_features) * sizes[s.name] for s in checkpoint.linears)
+        assert entry.budget.value == pytest.approx(expected / sum(sizes.values()))
+        assert bits <= entry.budget.value * (1 + 1e-9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -238,8 +261,12 @@ def test_every_kind_of_budget_is_kept(
         ({"bits": "w16a16"}, "a search needs quantized weights, got --bits w16a16"),
         ({"budget": "speed=3"}, "a budget must be KIND=VALUE"),
         ({"budget": "bytes=g48"}, "a uniform plan's budget must be one of"),
+        (
+            {"scale_format": "integer", "group_size": "channel"},
+            "integer scales are those of weight groups, got --bits w4a8 --group-size channel",
+        ),
     ],
-    ids=["infeasible", "nothing to search", "kind", "group"],
+    ids=["infeasible", "nothing to search", "kind", "group", "scales without groups"],
 )
 def test_a_search_that_cannot_be_is_refused_before_anything_is_written(
     changes: dict[str, Any],
