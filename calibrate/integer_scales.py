@@ -109,7 +109,8 @@ def _float_scales(groups: Tensor, scheme: LayerScheme) -> Tensor:
     """max|w| / (2^(b−1) − 1) [N, G], not rounded."""
     low, high = groups.amin(dim=-1), groups.amax(dim=-1)
     steps = IntegerRange.of(scheme.weight_bits, True).steps
-    return torch.maximum(-low, high).clamp(min=0) / steps
+    # a tensor: see `quantizers.range_parameters`
+    return torch.maximum(-low, high).clamp(min=0) / low.new_full((), steps)
 
 
 def _errors(

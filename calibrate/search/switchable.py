@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..graphed import GraphedForward
 from ..model import DiffusionModel
 from ..plan import QuantizationPlan
 from ..quantizers import QuantizedWeight, fake_quantize_activation
 from ..schemes import LayerScheme, WeightGroup
 from ..simulate import replace_linear
-from .graphed import GraphedForward
 from .weight_cache import WeightCache
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from qdit.calibrate.graphed import GraphedForward
 from qdit.calibrate.model import DiffusionModel
 from qdit.calibrate.schemes import LayerScheme
-from qdit.calibrate.search.graphed import GraphedForward
 from qdit.calibrate.search.space import search_space
 from qdit.calibrate.search.switchable import CandidateDenoiser
 from qdit.calibrate.search.weight_cache import build_weight_cache

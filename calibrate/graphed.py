@@ -42,7 +42,8 @@ class GraphedForward:
         if (state := self._state()) != self._captured_in:
             self._captures.clear()
             self._captured_in = state
-        arguments: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        arguments: dict[int | str, Any] = dict(enumerate(args))
+        arguments.update(kwargs)
         key = _key(arguments)
         capture = self._captures.get(key)
         if capture is None:
