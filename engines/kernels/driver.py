@@ -29,6 +29,10 @@ class Gpu:
     shared_bytes: int
 
     @property
+    def dependent_launch(self) -> bool:
+        return int(self.architecture[3:].rstrip("a")) >= 90
+
+    @property
     def hopper(self) -> bool:
         """Whether warpgroup instructions exist: compute capability 9.0 and no other has them."""
         return self.architecture == "sm_90a"
@@ -37,7 +41,7 @@ class Gpu:
 @cache
 def gpu(index: int) -> Gpu:
     """The CUDA device `index`. Raises `InputError` below compute capability 8.0."""
-    facts = torch.cuda.get_device_properties(index)
+    facts: Any = torch.cuda.get_device_properties(index)
     if facts.major < 8:
         raise InputError(
             f"the kernels need compute capability 8.0 or newer, {facts.name} has "
@@ -61,14 +65,19 @@ def gpu_of(tensor: Tensor) -> Gpu:
 
 
 class Kernel:
-    """A loaded kernel: `launch` enqueues it on the current stream."""
+    """A loaded kernel: `launch` enqueues it on the current stream.
 
-    def __init__(self, code: bytes, name: str, shared_bytes: int) -> None:
+    dependent: it may start its preamble while the stream's last kernel still runs, and waits for
+    that one itself (programmatic dependent launch, Hopper and later).
+    """
+
+    def __init__(self, code: bytes, name: str, shared_bytes: int, *, dependent: bool) -> None:
         driver = _driver()
         self._driver = driver
         self._module = _checked(driver, driver.cuModuleLoadData(code))
         self._function = _checked(driver, driver.cuModuleGetFunction(self._module, name.encode()))
         self._shared_bytes = shared_bytes
+        self._attributes = [_dependent_launch(driver)] if dependent else []
         if shared_bytes > _SHARED_WITHOUT_ASKING:
             attribute = driver.CUfunction_attribute
             _checked(
@@ -83,19 +92,14 @@ class Kernel:
     def launch(self, grid: tuple[int, int], threads: int, arguments: Sequence[Argument]) -> None:
         """Run on `grid` blocks. Arguments in the kernel's order; nothing is checked against it."""
         values, types = zip(*(_marshalled(argument) for argument in arguments), strict=True)
-        stream = torch.cuda.current_stream().cuda_stream
-        _checked(
-            self._driver,
-            self._driver.cuLaunchKernel(
-                self._function,
-                *(*grid, 1),
-                *(threads, 1, 1),
-                self._shared_bytes,
-                stream,
-                (values, types),
-                0,
-            ),
-        )
+        driver = self._driver
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
+        _checked(driver, driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 def load_kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: Gpu) -> Kernel:
@@ -110,10 +114,18 @@ def _load(
     torch.cuda.init()
     with torch.cuda.device(device.index):
         torch.empty(1, device="cuda")  # makes torch's context current, into which modules load
-        return Kernel(compile_kernel(file, dict(defines), device.architecture), name, shared_bytes)
+        code = compile_kernel(file, dict(defines), device.architecture)
+        return Kernel(code, name, shared_bytes, dependent=device.dependent_launch)
 
 
 _SHARED_WITHOUT_ASKING = 48 << 10
+
+
+def _dependent_launch(driver: Any) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def _marshalled(argument: Argument) -> tuple[int | float, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 PANEL = 128
-ROW_STEP = 8  # rows are padded to this many, the rows of one swizzle atom
+ROW_STEP = 16  # rows are padded to this many
+_ATOM = 8  # rows of one swizzle atom
 CHANNEL_STEP = 64  # output channels of one warpgroup
 _CHUNK = 16
 
@@ -45,9 +46,19 @@ def _swizzled(panels: Tensor) -> Tensor:
     """Chunk c of row r to place c XOR (r mod 8), which is its own inverse. [P, R, 128]."""
     rows = torch.arange(panels.shape[1], device=panels.device)
     places = torch.arange(PANEL // _CHUNK, device=panels.device)
-    order = places ^ (rows % ROW_STEP).unsqueeze(1)
+    order = places ^ (rows % _ATOM).unsqueeze(1)
     index = order[None, :, :, None].expand(len(panels), -1, -1, _CHUNK)
     return panels.unflatten(2, (-1, _CHUNK)).gather(2, index).flatten(2)
+
+
+def scale_order(rows: int) -> Tensor:
+    """int64 [rows], a multiple of 16: where the scale of each row stands in a row of scales.
+
+    A thread of the products needs rows 2q, 2q + 1, 2q + 8 and 2q + 9 of every sixteen, q = 0 … 3,
+    and finds them side by side.
+    """
+    row = torch.arange(rows)
+    return (row & ~15) | (row & 6) << 1 | (row & 8) >> 2 | (row & 1)
 
 
 def to_fragments(values: Tensor) -> Tensor:

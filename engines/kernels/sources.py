@@ -25,37 +25,36 @@ def wgmma_header(tokens: int) -> str:
     """`wgmma.cuh` for tiles of so many tokens, a multiple of 8 up to 256.
 
     Hopper's matrix instruction names each accumulator register of a thread, `tokens` / 2 of them,
-    so its text depends on the tile (PTX ISA, 'wgmma.mma_async').
+    so its text depends on the tile (PTX ISA, 'wgmma.mma_async'). Descriptors are given by their
+    lower word; the upper one is always `kDescriptorHigh` (`ptx.cuh`).
     """
     count = tokens // 2
-    return "#pragma once\n" + "".join(
-        _wgmma_function(name, parameters, operands, operand, count, tokens)
-        for name, parameters, operands, operand in (
-            ("wgmma_shared", "uint64 a", ['"l"(a)'], f"%{count}"),
-            (
-                "wgmma_registers",
-                "const uint32 (&a)[4]",
-                [f'"r"(a[{i}])' for i in range(4)],
-                "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}",
-            ),
-        )
+    shared = _wgmma_function("wgmma_shared", "uint32 a", ['"r"(a)'], tokens, shared=True)
+    operands = [f'"r"(a[{i}])' for i in range(4)]
+    registers = _wgmma_function(
+        "wgmma_registers", "const uint32 (&a)[4]", operands, tokens, shared=False
     )
+    return f"#pragma once\n// {count} accumulators a thread\n{shared}{registers}"
 
 
 def _wgmma_function(
-    name: str, parameters: str, operands: list[str], operand: str, count: int, tokens: int
+    name: str, parameter: str, operands: list[str], tokens: int, *, shared: bool
 ) -> str:
+    count = tokens // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
-    descriptor, keep = count + len(operands), count + len(operands) + 1
-    inputs = ", ".join([*operands, '"l"(b)', '"r"(accumulate)'])
+    input_word, high, keep = (count + len(operands) + i for i in range(3))
+    first = "first" if shared else "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
+    made = f"mov.b64 first, {{%{count}, %{high}}};\\n" if shared else ""
+    inputs = ", ".join([*operands, '"r"(b)', '"n"(kDescriptorHigh)', '"r"(accumulate)'])
     return f"""
 __device__ __forceinline__ void {name}(
-    int (&d)[{count}], {parameters}, uint64 b, int accumulate) {{
+    int (&d)[{count}], {parameter}, uint32 b, int accumulate) {{
     asm volatile(
-        "{{\\n.reg .pred keep;\\nsetp.ne.b32 keep, %{keep}, 0;\\n"
+        "{{\\n.reg .pred keep;\\n.reg .b64 first, second;\\n"
+        "setp.ne.b32 keep, %{keep}, 0;\\n{made}mov.b64 second, {{%{input_word}, %{high}}};\\n"
         "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 "
-        "{{{registers}}}, {operand}, %{descriptor}, keep;\\n}}"
+        "{{{registers}}}, {first}, second, keep;\\n}}"
         : {outputs}
         : {inputs});
 }}

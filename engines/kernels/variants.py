@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ...calibrate.quantizers import IntegerRange
 from ...calibrate.schemes import LayerScheme
 from ...errors import InputError
 from .layouts import PANEL
 
+Gelu = Literal["tanh", "exact"]
 STEP = 32  # k of one matrix instruction: scales may change after each
 
 
@@ -23,7 +24,8 @@ class LinearKind:
     """What a product computes. Groups count k; None is one scale a token or channel.
 
     multipliers: weights are 4-bit integers times an integer a group of `multiplier_group`, with one
-    float scale a channel. Zero points put both sides' scales into the loop over k.
+    float scale a channel. Zero points put both sides' scales into the loop over k. short_scales:
+    weight scales have at most 22 significant bits (float16 ones do), which saves an instruction.
     """
 
     width: int
@@ -33,6 +35,7 @@ class LinearKind:
     multiplier_group: int | None = None
     weight_zero: bool = False
     input_zero: bool = False
+    short_scales: bool = False
 
     @classmethod
     def of(cls, scheme: LayerScheme, in_features: int) -> LinearKind:
@@ -52,7 +55,7 @@ class LinearKind:
                     f"be a multiple of {STEP}, got {group}"
                 )
         zeros = not (scheme.weight_symmetric and scheme.activation_symmetric)
-        multipliers = getattr(scheme, "scale_format", "float") == "integer"
+        multipliers = scheme.has_integer_scales
         return cls(
             width=k,
             weight_bits=4 if scheme.weight_bits <= 4 else 8,
@@ -61,6 +64,7 @@ class LinearKind:
             multiplier_group=weight if multipliers else None,
             weight_zero=not scheme.weight_symmetric,
             input_zero=not scheme.activation_symmetric,
+            short_scales=scheme.scale_dtype == "float16",
         )
 
     @property
@@ -99,6 +103,8 @@ class LinearKind:
             "QDIT_MULTIPLIERS": int(self.multiplier_group is not None),
             "QDIT_WEIGHT_ZERO": int(self.weight_zero),
             "QDIT_INPUT_ZERO": int(self.input_zero),
+            "QDIT_SHORT_SCALES": int(self.short_scales),
+            "QDIT_SEGMENT_PANELS": max(1, self.segment // PANEL),
         }
 
 
@@ -106,21 +112,20 @@ class LinearKind:
 class Tile:
     """How a product is cut: tokens × 64 · warpgroups channels a block, `stages` panels ahead.
 
-    cluster: blocks that share each activation tile (Hopper); pipelined: two panels in flight a
-    warpgroup (Hopper).
+    turns: whether warpgroups use the matrix unit one after the other, 0, 1 or 2 (Hopper).
+    pipelined: two panels in flight a warpgroup (Hopper).
     """
 
     tokens: int
     warpgroups: int = 2
-    cluster: int = 1
     stages: int = 4
+    turns: int = 0
     pipelined: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens % (8 * self.cluster) or not 8 <= self.tokens <= 256:
+        if self.tokens % 16 or not 16 <= self.tokens <= 256:
             raise InputError(
-                f"a tile's tokens must be a multiple of {8 * self.cluster} up to 256, "
-                f"got {self.tokens}"
+                f"a tile's tokens must be a multiple of 16 up to 256, got {self.tokens}"
             )
 
     @property
@@ -131,35 +136,26 @@ class Tile:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Epilogue:
-    """What becomes of a product: written in 16 bits, gated into a residual, or quantized.
-
-    gated: y = residual + gate · product. out_group: GELU, then int8 with a scale a token and group
-    of so many channels, the next product's input.
-    """
-
-    gated: bool = False
-    out_group: int = 0
-
-
 def linear_defines(
-    kind: LinearKind, tile: Tile, epilogue: Epilogue, bfloat16: bool
+    kind: LinearKind, tile: Tile, *, hopper: bool, gated: bool, bfloat16: bool
 ) -> dict[str, int]:
-    """Preprocessor definitions of one variant of `linear_sm*.cu`."""
+    """Definitions of one variant of `linear_sm90.cu`, or of `linear_sm80.cu` if not `hopper`.
+
+    gated: y = residual + gate · product instead of the product itself.
+    """
     return kind.defines() | {
         "QDIT_TILE_TOKENS": tile.tokens,
         "QDIT_WARPGROUPS": tile.warpgroups,
-        "QDIT_CLUSTER": tile.cluster,
         "QDIT_STAGES": tile.stages,
+        "QDIT_TURNS": tile.turns,
         "QDIT_PIPELINED": int(tile.pipelined),
-        "QDIT_GATED": int(epilogue.gated),
-        "QDIT_OUT_GROUP": epilogue.out_group,
+        "QDIT_GATED": int(gated),
+        "QDIT_SHARED_BYTES": linear_shared_bytes(kind, tile, hopper),
         "QDIT_BF16": int(bfloat16),
     }
 
 
-def linear_shared_bytes(kind: LinearKind, tile: Tile, epilogue: Epilogue, hopper: bool) -> int:
+def linear_shared_bytes(kind: LinearKind, tile: Tile, hopper: bool) -> int:
     """Dynamic shared memory of one block, as the kernel lays it out."""
     parts = max(1, PANEL // kind.segment)
     operands = tile.channels * (kind.weight_bits * 16) + tile.tokens * PANEL
@@ -169,19 +165,12 @@ def linear_shared_bytes(kind: LinearKind, tile: Tile, epilogue: Epilogue, hopper
     scales = parts * 4 * (token_arrays * tile.tokens + channel_arrays * tile.channels)
     scales += parts * tile.channels * int(kind.multiplier_group is not None)
     staging = tile.warpgroups * tile.tokens * 144
-    extras = 0
-    if epilogue.out_group:
-        parts_here = max(1, 64 // epilogue.out_group)
-        extras = tile.warpgroups * tile.tokens * (16 + 8 * parts_here)
     if hopper:
-        barriers = 2 * tile.stages * 8 + 64
-        return (
-            tile.stages * operands + padded_128(tile.stages * scales) + staging + barriers + extras
-        )
-    return max(tile.stages * (operands + padded_128(scales)), staging + extras)
+        return tile.stages * operands + _padded(tile.stages * scales) + staging + 16 * tile.stages
+    return max(tile.stages * (operands + _padded(scales)), staging)
 
 
-def padded_128(count: int) -> int:
+def _padded(count: int) -> int:
     return -(-count // 128) * 128
 
 
@@ -195,25 +184,29 @@ class Limits(Protocol):
     def shared_bytes(self) -> int: ...
 
 
-def tile_problem(kind: LinearKind, tile: Tile, epilogue: Epilogue, limits: Limits) -> str | None:
+def tile_problem(kind: LinearKind, tile: Tile, limits: Limits) -> str | None:
     """Why a tile cannot be used, or None."""
     hopper = limits.hopper
-    if not hopper and (tile.cluster > 1 or tile.pipelined):
-        return "clusters and pipelining need sm_90a"
-    if tile.pipelined and kind.segment != PANEL and _promotes(kind):
+    if (tile.turns or tile.pipelined) and not (hopper and _promotes(kind)):
+        return "turns and pipelining are for Hopper, and for products that promote along k"
+    if tile.pipelined and tile.turns == 2:
+        return "a pipelined warpgroup cannot wait for its turn's end"
+    if tile.pipelined and kind.segment != PANEL:
         return f"pipelining needs scales that change every {PANEL} k, not every {kind.segment}"
-    if epilogue.out_group and tile.channels % epilogue.out_group:
-        return f"{tile.channels} channels are no multiple of the output group {epilogue.out_group}"
     # one matrix instruction must fit into what a thread has before registers are shared out anew
     if hopper and tile.tokens // 2 + 30 > 65536 // (128 * (tile.warpgroups + 1)) // 8 * 8:
         return f"{tile.tokens} tokens an instruction need more registers than a block starts with"
-    integers = tile.tokens // 2 * (2 if tile.pipelined and _promotes(kind) else 1)
+    sums = tile.tokens // 2 * (1 + _promotes(kind) + tile.pipelined)
+    early = tile.warpgroups == 2 or tile.tokens <= 96  # kEarlyScales of the kernel
+    scales = 0
+    if kind.activation_group is not None:
+        scales = tile.tokens // 4 if early else 8
     operands = (32 if tile.pipelined else 16) if kind.weight_bits == 4 else 0
-    registers = integers + (tile.tokens // 2 if _promotes(kind) else 0) + operands + 26
+    registers = sums + scales + operands + 26
     limit = {1: 240, 2: 232, 3: 160}[tile.warpgroups] if hopper else 255
     if registers > limit:
         return f"about {registers} registers a thread, {limit} are there"
-    needed = linear_shared_bytes(kind, tile, epilogue, hopper)
+    needed = linear_shared_bytes(kind, tile, hopper)
     if needed > limits.shared_bytes:
         return f"{needed} bytes of shared memory, {limits.shared_bytes} are there"
     return None
@@ -229,7 +222,8 @@ class QuantizeKind:
     """What a quantization of rows [M, K] computes.
 
     group: k that share a scale (K for one a token); sum_group: k of each sum of integers, 0 for
-    none; normalized: layer normalization and adaLN's modulation first; gelu: GELU first.
+    none; normalized: layer normalization and adaLN's modulation first; gelu: GELU first, in its
+    tanh form or the exact one.
     """
 
     width: int
@@ -238,11 +232,18 @@ class QuantizeKind:
     asymmetric: bool = False
     sum_group: int = 0
     normalized: bool = False
-    gelu: bool = False
+    gelu: Gelu | None = None
 
     @classmethod
-    def of(cls, scheme: LayerScheme, in_features: int, **producer: bool) -> QuantizeKind:
-        """The input side of `scheme`; `producer` says what is fused in front."""
+    def of(
+        cls,
+        scheme: LayerScheme,
+        in_features: int,
+        *,
+        normalized: bool = False,
+        gelu: Gelu | None = None,
+    ) -> QuantizeKind:
+        """The input side of `scheme`, with what is fused in front."""
         kind = LinearKind.of(scheme, in_features)
         return cls(
             width=in_features,
@@ -250,7 +251,8 @@ class QuantizeKind:
             bits=scheme.activation_bits,
             asymmetric=not scheme.activation_symmetric,
             sum_group=kind.segment if kind.weight_zero else 0,
-            **producer,
+            normalized=normalized,
+            gelu=gelu,
         )
 
     @property
@@ -265,24 +267,48 @@ class QuantizeKind:
 
     @property
     def shared_bytes(self) -> int:
-        return 0 if self.in_registers else ROWS_A_BLOCK * self.panels * PANEL * 5
+        return 0 if self.in_registers else WARPS_A_BLOCK * self.panels * PANEL * 5
+
+    @property
+    def span_and_team(self) -> tuple[int, int]:
+        """(panels of a row that one warp takes, warps that share one row's scale)."""
+        if not self.in_registers or self.normalized:
+            return self.panels, 1
+        if self.group == self.width:
+            teams = (t for t in (1, 2, 4, 8) if self.panels % t == 0)
+            team = next((t for t in teams if self.panels // t <= _MOST_PANELS), 1)
+            return self.panels // team, team
+        # few panels a warp: more loads in flight, and more warps for a small batch
+        most = 4 if self.group <= PANEL else _MOST_PANELS
+        step = max(1, self.group // PANEL)
+        spans = range(step, max(most, step) + 1, step)
+        return max(span for span in spans if self.panels % span == 0), 1
+
+    def grid(self, count: int) -> tuple[int, int]:
+        """Blocks for `count` rows."""
+        span, team = self.span_and_team
+        return -(-count // (WARPS_A_BLOCK // team)), self.panels // (span * team)
 
     def defines(self, dtype: str) -> dict[str, int]:
         """Definitions of `quantize.cu` for input of 'float16', 'bfloat16' or 'float32'."""
+        span, team = self.span_and_team
         return {
+            "QDIT_SPAN": span,
+            "QDIT_TEAM": team,
             "QDIT_WIDTH": self.width,
             "QDIT_GROUP": self.group,
             "QDIT_STEPS": IntegerRange.of(self.bits, not self.asymmetric).steps,
             "QDIT_ASYMMETRIC": int(self.asymmetric),
             "QDIT_SUM_GROUP": self.sum_group,
             "QDIT_NORM": int(self.normalized),
-            "QDIT_GELU": int(self.gelu),
+            "QDIT_GELU": {None: 0, "tanh": 1, "exact": 2}[self.gelu],
             "QDIT_INPUT_FLOAT32": int(dtype == "float32"),
             "QDIT_BF16": int(dtype == "bfloat16"),
         }
 
 
-ROWS_A_BLOCK = 8
+WARPS_A_BLOCK = 8
+_MOST_PANELS = 12  # of one warp: 48 values a thread
 
 
 @dataclass(frozen=True)

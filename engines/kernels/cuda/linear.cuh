@@ -16,9 +16,10 @@ constexpr int kChannels = 64 * kWarpgroups;
 constexpr int kAccumulators = kTokens / 2;
 constexpr int kPanel = 128;      // bytes of k in one row of a panel
 constexpr int kStep = 32;        // k of one matrix instruction
-// k of one in-loop promotion within a panel; larger segments are promoted every `segment_panels`
+// k of one in-loop promotion within a panel; larger segments are promoted every kSegmentPanels
 constexpr int kSegment = QDIT_SEGMENT;
 constexpr int kSegments = kPanel / kSegment;
+constexpr int kSegmentPanels = QDIT_SEGMENT_PANELS;
 constexpr bool kFourBits = QDIT_WEIGHT_BITS == 4;
 constexpr bool kTokenScales = QDIT_TOKEN_SCALES;      // activation scales change along k
 constexpr bool kChannelScales = QDIT_CHANNEL_SCALES;  // weight scales change along k
@@ -31,7 +32,7 @@ constexpr float kUnit = kFourBits && !kMultipliers ? 16.0f : 1.0f;
 constexpr int kStagingRow = 64 * 2 + 16;  // bytes: padded against bank conflicts
 constexpr int kStagingBytes = kTokens * kStagingRow;
 
-// Scales of one segment in shared memory, [kTokens] or [kChannels] floats each.
+// Where one segment's scales lie in shared memory: [kTokens] and [kChannels] floats.
 struct Scales {
     const float* token_scale;
     const float* channel_scale;
@@ -41,58 +42,92 @@ struct Scales {
     const float* channel_sum;   // Σ (w - zero) of the segment, for activation zero points
 };
 
+__device__ __forceinline__ void take(float (&to)[4], const float4& from) {
+    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+
+// Scales of a thread's tokens of sixteen: 2q and 2q + 1 of the first eight, and of the second.
+__device__ __forceinline__ float4 tokens_of(const float* values, int block, int lane) {
+    return *reinterpret_cast<const float4*>(values + 16 * block + (lane & 3) * 4);
+}
+
+// A thread's own part of them, in registers: two channels, and two neighbouring tokens of every eight.
+struct OwnScales {
+    float channel_scale[2] = {1.0f, 1.0f};
+    float channel_zero[2], channel_sum[2];
+    float4 token_scale[kTokens / 16];
+};
+
+// Integers as floats without the conversion instruction, which runs at an eighth of the rate of an addition: added
+// to the bits of 1.5 · 2^23, an integer below 2^22 is the fraction of a float.
+constexpr uint32 kShiftBits = 0x4B400000u;
+constexpr float kShift = 12582912.0f;
+// One promotion's sums stay below 2^22: 128 k of |x| <= 127 times |w| <= 128, or 16 · 8. Longer segments do not.
+constexpr bool kShiftFits = kSegmentPanels == 1;
+// Scales of at most 22 significant bits: 3 · 2^22 · scale is exact, and the shift goes with the first product.
+constexpr bool kShiftScales = kChannelScales && kShiftFits && QDIT_SHORT_SCALES && !kWeightZero && !kInputZero;
+
+__device__ __forceinline__ float shifted(int sum) { return __uint_as_float(static_cast<uint32>(sum) + kShiftBits); }
+
+// Any sum below 2^30: high and low bits apart, rounded once as the conversion instruction rounds.
+__device__ __forceinline__ float converted(int sum) {
+    const float high = __uint_as_float(static_cast<uint32>(sum >> 8) + kShiftBits) - kShift;
+    const float low = __uint_as_float((static_cast<uint32>(sum) & 0xFFu) | 0x4B000000u) - 8388608.0f;
+    return fmaf(high, 256.0f, low);
+}
+
+// Half of the sums by each way: the two run in different units.
+__device__ __forceinline__ void convert_all(float (&acc)[kAccumulators], const int (&d)[kAccumulators]) {
+#pragma unroll
+    for (int i = 0; i < kAccumulators; ++i) acc[i] = i & 2 ? __int2float_rn(d[i]) : converted(d[i]);
+}
+
+__device__ __forceinline__ void load_channels(OwnScales& own, const Scales& scales, int channel) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        if constexpr (kChannelScales) own.channel_scale[row] = scales.channel_scale[channel + 8 * row] / kUnit;
+        if constexpr (kWeightZero) own.channel_zero[row] = scales.channel_zero[channel + 8 * row] * kUnit;
+        if constexpr (kInputZero) own.channel_sum[row] = scales.channel_sum[channel + 8 * row] * kUnit;
+    }
+}
+
+__device__ __forceinline__ void load_tokens(OwnScales& own, const Scales& scales, int lane) {
+    if constexpr (kTokenScales) {
+#pragma unroll
+        for (int block = 0; block < kTokens / 16; ++block) own.token_scale[block] = tokens_of(scales.token_scale, block, lane);
+    }
+}
+
 // acc += scale · (integer sum, corrected for zero points), for one warp's 16 channels × kTokens.
 __device__ __forceinline__ void promote(
-    float (&acc)[kAccumulators], const int (&d)[kAccumulators], const Scales& scales, int channel,
+    float (&acc)[kAccumulators], const int (&d)[kAccumulators], const OwnScales& own, const Scales& scales,
     int lane) {
-    float scale_low = 1.0f, scale_high = 1.0f, zero_low = 0.0f, zero_high = 0.0f, sum_low = 0.0f,
-          sum_high = 0.0f;
-    if constexpr (kChannelScales) {
-        scale_low = scales.channel_scale[channel] / kUnit;
-        scale_high = scales.channel_scale[channel + 8] / kUnit;
-    }
-    if constexpr (kWeightZero) {
-        zero_low = scales.channel_zero[channel] * kUnit;
-        zero_high = scales.channel_zero[channel + 8] * kUnit;
-    }
-    if constexpr (kInputZero) {
-        sum_low = scales.channel_sum[channel] * kUnit;
-        sum_high = scales.channel_sum[channel + 8] * kUnit;
-    }
-    const int pair = (lane & 3) * 2;
+    const float offset[2] = {-kShift * own.channel_scale[0], -kShift * own.channel_scale[1]};
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-        float t[4];
+    for (int block = 0; block < kTokens / 16; ++block) {
+        float token_scale[4] = {}, token_sum[4] = {}, token_zero[4] = {};
+        if constexpr (kTokenScales) take(token_scale, own.token_scale[block]);
+        if constexpr (kWeightZero) take(token_sum, tokens_of(scales.token_sum, block, lane));
+        if constexpr (kInputZero) take(token_zero, tokens_of(scales.token_zero, block, lane));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) t[i] = __int2float_rn(d[4 * j + i]);
-        if constexpr (kWeightZero) {
-            const float2 sum = *reinterpret_cast<const float2*>(scales.token_sum + 8 * j + pair);
-            t[0] = fmaf(-zero_low, sum.x, t[0]);
-            t[1] = fmaf(-zero_low, sum.y, t[1]);
-            t[2] = fmaf(-zero_high, sum.x, t[2]);
-            t[3] = fmaf(-zero_high, sum.y, t[3]);
-        }
-        if constexpr (kInputZero) {
-            const float2 zero = *reinterpret_cast<const float2*>(scales.token_zero + 8 * j + pair);
-            t[0] = fmaf(-sum_low, zero.x, t[0]);
-            t[1] = fmaf(-sum_low, zero.y, t[1]);
-            t[2] = fmaf(-sum_high, zero.x, t[2]);
-            t[3] = fmaf(-sum_high, zero.y, t[3]);
-        }
-        if constexpr (kTokenScales) {
-            const float2 scale = *reinterpret_cast<const float2*>(scales.token_scale + 8 * j + pair);
-            if constexpr (kChannelScales) {
-                t[0] *= scale_low, t[1] *= scale_low, t[2] *= scale_high, t[3] *= scale_high;
+        for (int i = 0; i < 8; ++i) {
+            const int row = i >> 1 & 1, token = (i >> 2) * 2 + (i & 1), at = 8 * block + i;
+            float t;
+            if constexpr (kShiftScales) {
+                t = fmaf(shifted(d[at]), own.channel_scale[row], offset[row]);
+            } else {
+                t = kShiftFits ? shifted(d[at]) - kShift : converted(d[at]);
+                if constexpr (kWeightZero) t = fmaf(-own.channel_zero[row], token_sum[token], t);
+                if constexpr (kInputZero) t = fmaf(-own.channel_sum[row], token_zero[token], t);
+                if constexpr (kChannelScales && kTokenScales) t *= own.channel_scale[row];
             }
-            acc[4 * j] = fmaf(t[0], scale.x, acc[4 * j]);
-            acc[4 * j + 1] = fmaf(t[1], scale.y, acc[4 * j + 1]);
-            acc[4 * j + 2] = fmaf(t[2], scale.x, acc[4 * j + 2]);
-            acc[4 * j + 3] = fmaf(t[3], scale.y, acc[4 * j + 3]);
-        } else {
-            acc[4 * j] = fmaf(t[0], scale_low, acc[4 * j]);
-            acc[4 * j + 1] = fmaf(t[1], scale_low, acc[4 * j + 1]);
-            acc[4 * j + 2] = fmaf(t[2], scale_high, acc[4 * j + 2]);
-            acc[4 * j + 3] = fmaf(t[3], scale_high, acc[4 * j + 3]);
+            if constexpr (kTokenScales) {
+                acc[at] = fmaf(t, token_scale[token], acc[at]);
+            } else if constexpr (kShiftScales) {
+                acc[at] += t;
+            } else {
+                acc[at] = fmaf(t, own.channel_scale[row], acc[at]);
+            }
         }
     }
 }
@@ -120,51 +155,17 @@ __device__ __forceinline__ void unpack_nibbles(
 
 // Everything about the output that is the same for all tiles.
 struct Output {
-    const uint16* bias;      // [N] or null
+    const uint16* bias;          // [N] or null
     const float* token_scale;    // [M rows], where token scales do not change along k
     const float* channel_scale;  // [N rows], likewise
-    const uint16* residual;  // [M, N]
-    const uint16* gate;      // [images, gate_stride]
+    const uint16* residual;      // [M, N]
+    const uint16* gate;          // [images, gate_stride]
     int gate_stride;
-    int image_tokens;
-    int tokens;              // M
-    int channels;            // N
-    uint16* out;             // [M, N]
+    int image_tokens;            // consecutive tokens of one image, which share a gate
+    int tokens;                  // M
+    int channels;                // N, a multiple of 8
+    uint16* out;                 // [M, N]
 };
-
-__device__ __forceinline__ void stage_pairs(
-    uint8* staging, const float (&acc)[kAccumulators], int warp, int lane) {
-#if __CUDA_ARCH__ >= 900
-    const int matrix = lane >> 3, row = lane & 7;
-    const uint32 base = shared_address(staging) + ((matrix >> 1) * 8 + row) * kStagingRow +
-                        ((matrix & 1) * 8 + warp * 16) * 2;
-#pragma unroll
-    for (int j = 0; j + 1 < kTokens / 8; j += 2) {
-        const uint32 r[4] = {
-            pack_halves(acc[4 * j], acc[4 * j + 1]),
-            pack_halves(acc[4 * j + 2], acc[4 * j + 3]),
-            pack_halves(acc[4 * j + 4], acc[4 * j + 5]),
-            pack_halves(acc[4 * j + 6], acc[4 * j + 7]),
-        };
-        store_matrix_x4_transposed(base + j * 8 * kStagingRow, r);
-    }
-    constexpr int kPaired = kTokens / 16 * 2;
-#else
-    constexpr int kPaired = 0;
-#endif
-    const int channel = warp * 16 + (lane >> 2), token = (lane & 3) * 2;
-#pragma unroll
-    for (int j = kPaired; j < kTokens / 8; ++j) {
-        uint16* at = reinterpret_cast<uint16*>(staging + (8 * j + token) * kStagingRow) + channel;
-        const uint32 low = pack_halves(acc[4 * j], acc[4 * j + 1]);
-        const uint32 high = pack_halves(acc[4 * j + 2], acc[4 * j + 3]);
-        at[0] = static_cast<uint16>(low);
-        at[8] = static_cast<uint16>(high);
-        at = reinterpret_cast<uint16*>(staging + (8 * j + token + 1) * kStagingRow) + channel;
-        at[0] = static_cast<uint16>(low >> 16);
-        at[8] = static_cast<uint16>(high >> 16);
-    }
-}
 
 // Scales that do not change along k, and the bias.
 __device__ __forceinline__ void finish(
@@ -180,19 +181,18 @@ __device__ __forceinline__ void finish(
         if (has_low) bias_low = widen(output.bias[channel]);
         if (has_high) bias_high = widen(output.bias[channel + 8]);
     }
-    const int pair = token0 + (lane & 3) * 2;
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-        float2 scale = {1.0f, 1.0f};
+    for (int block = 0; block < kTokens / 16; ++block) {
+        float scale[4] = {1.0f, 1.0f, 1.0f, 1.0f};
         if constexpr (!kTokenScales) {
-            // rows are padded to a multiple of 8, so a pair is inside as a whole or not at all
-            if (pair + 8 * j < output.tokens)
-                scale = *reinterpret_cast<const float2*>(output.token_scale + pair + 8 * j);
+            // rows are padded to a multiple of 16
+            if (token0 + 16 * block < output.tokens) take(scale, tokens_of(output.token_scale + token0, block, lane));
         }
-        acc[4 * j] = fmaf(acc[4 * j] * scale_low, scale.x, bias_low);
-        acc[4 * j + 1] = fmaf(acc[4 * j + 1] * scale_low, scale.y, bias_low);
-        acc[4 * j + 2] = fmaf(acc[4 * j + 2] * scale_high, scale.x, bias_high);
-        acc[4 * j + 3] = fmaf(acc[4 * j + 3] * scale_high, scale.y, bias_high);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int at = 8 * block + i, token = (i >> 2) * 2 + (i & 1);
+            acc[at] = fmaf(acc[at] * (i & 2 ? scale_high : scale_low), scale[token], i & 2 ? bias_high : bias_low);
+        }
     }
 }
 
@@ -202,23 +202,38 @@ __device__ __forceinline__ uint32 gated(uint32 residual, uint32 gate, uint32 val
         fmaf(high_half(gate), high_half(value), high_half(residual)));
 }
 
-// Write one warpgroup's 64 channels × kTokens, 16 bytes a thread.
+// Write one warpgroup's 64 channels × kTokens from its staging rows, 16 bytes a thread.
 __device__ __forceinline__ void store_tile(
     const uint8* staging, const Output& output, int token0, int channel0, int thread) {
-#pragma unroll 4
-    for (int at = thread; at < kTokens * 8; at += 128) {
-        const int row = at >> 3, chunk = at & 7;
-        const int token = token0 + row, channel = channel0 + chunk * 8;
-        if (token >= output.tokens || channel >= output.channels) continue;
-        uint4 value = *reinterpret_cast<const uint4*>(staging + row * kStagingRow + chunk * 16);
-        const long long offset = static_cast<long long>(token) * output.channels + channel;
+    constexpr int kPasses = kTokens * 8 / 128;
+    const int chunk = thread & 7, channel = channel0 + chunk * 8;
+    if (channel >= output.channels) return;
+    const auto token_of = [&](int pass) { return token0 + (thread >> 3) + 16 * pass; };
+    const auto place_of = [&](int pass) { return static_cast<long long>(token_of(pass)) * output.channels + channel; };
 #if QDIT_GATED
-        const uint4 residual = *reinterpret_cast<const uint4*>(output.residual + offset);
+    constexpr int kAtOnce = 4;  // residuals on their way before the first one is used
+    uint4 residual[kAtOnce];
+#endif
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#if QDIT_GATED
+        if (pass % kAtOnce == 0) {
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i)
+                if (pass + i < kPasses && token_of(pass + i) < output.tokens)
+                    residual[i] = *reinterpret_cast<const uint4*>(output.residual + place_of(pass + i));
+        }
+#endif
+        const int token = token_of(pass);
+        if (token >= output.tokens) break;
+        uint4 value = *reinterpret_cast<const uint4*>(staging + (token - token0) * kStagingRow + chunk * 16);
+#if QDIT_GATED
+        const uint4 old = residual[pass % kAtOnce];
         const uint4 gate = *reinterpret_cast<const uint4*>(
             output.gate + static_cast<long long>(token / output.image_tokens) * output.gate_stride + channel);
-        value = {gated(residual.x, gate.x, value.x), gated(residual.y, gate.y, value.y),
-                 gated(residual.z, gate.z, value.z), gated(residual.w, gate.w, value.w)};
+        value = {gated(old.x, gate.x, value.x), gated(old.y, gate.y, value.y), gated(old.z, gate.z, value.z),
+                 gated(old.w, gate.w, value.w)};
 #endif
-        *reinterpret_cast<uint4*>(output.out + offset) = value;
+        *reinterpret_cast<uint4*>(output.out + place_of(pass)) = value;
     }
 }

@@ -1,9 +1,6 @@
 // y = (x scale_x) (w scale_w)ᵀ on the integer matrix units of Ampere and Ada (and of every later chip):
 // warp instructions on tiles copied ahead asynchronously. Layouts and results are those of linear_sm90.cu.
 #include "linear.cuh"
-#if QDIT_OUT_GROUP
-#include "quantized_output.cuh"
-#endif
 
 constexpr int kStages = QDIT_STAGES;
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
@@ -15,6 +12,7 @@ constexpr int kScaleBytes =
     (kTokenScales + kWeightZero + kInputZero) * kTokenScaleBytes +
     (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + kMultipliers * kMultiplierBytes;
 constexpr int kStageBytes = kWeightBytes + kInputBytes + (kScaleBytes + 127) / 128 * 128;
+static_assert(kStages * kStageBytes <= QDIT_SHARED_BYTES && kWarpgroups * kStagingBytes <= QDIT_SHARED_BYTES);
 constexpr int kThreads = 128 * kWarpgroups;
 
 struct Problem {
@@ -31,7 +29,6 @@ struct Problem {
     int weight_rows;
     int token_group;
     int channel_group;
-    int segment_panels;
 };
 
 __device__ __forceinline__ void copy16(uint32 to, const void* from) {
@@ -63,7 +60,7 @@ __device__ __forceinline__ void load_panel(
     const uint32 scales = base + kWeightBytes + kInputBytes;
 #pragma unroll
     for (int part = 0; part < kSegments; ++part) {
-        const int segment = kSegments > 1 ? panel * kSegments + part : panel / p.segment_panels;
+        const int segment = kSegments > 1 ? panel * kSegments + part : panel / kSegmentPanels;
         const int token_row = segment / p.token_group, channel_row = segment / p.channel_group;
         const uint32 token_at = part * kTokens * 4, channel_at = part * kChannels * 4;
         uint32 to = scales;
@@ -108,6 +105,14 @@ __device__ __forceinline__ Scales scales_at(const uint8* bytes, int part) {
     return scales;
 }
 
+__device__ __forceinline__ void promote_segment(
+    float (&acc)[kAccumulators], const int (&d)[kAccumulators], const Scales& scales, int row, int lane) {
+    OwnScales own;
+    load_channels(own, scales, row);
+    load_tokens(own, scales, lane);
+    promote(acc, d, own, scales, lane);
+}
+
 __device__ __forceinline__ void multiply_step(
     int (&d)[kAccumulators], const uint32 (&a)[4], uint32 inputs, int step, int lane) {
     const int matrix = lane >> 3, row = lane & 7;
@@ -128,13 +133,29 @@ __device__ __forceinline__ void multiply_step(
     }
 }
 
+// The transposed tile into rows of tokens.
+__device__ __forceinline__ void stage(uint8* staging, const float (&acc)[kAccumulators], int warp, int lane) {
+    const int channel = warp * 16 + (lane >> 2), token = (lane & 3) * 2;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+        const uint32 low = pack_halves(acc[4 * j], acc[4 * j + 1]);
+        const uint32 high = pack_halves(acc[4 * j + 2], acc[4 * j + 3]);
+        uint16* at = reinterpret_cast<uint16*>(staging + (8 * j + token) * kStagingRow) + channel;
+        at[0] = static_cast<uint16>(low), at[8] = static_cast<uint16>(high);
+        at = reinterpret_cast<uint16*>(staging + (8 * j + token + 1) * kStagingRow) + channel;
+        at[0] = static_cast<uint16>(low >> 16), at[8] = static_cast<uint16>(high >> 16);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const uint8* x, const float* token_scale, const float* token_sum, const float* token_zero,
     const uint8* w, const float* channel_scale, const float* channel_zero, const float* channel_sum,
     const uint8* multiplier, const uint16* bias, const uint16* residual, const uint16* gate, int tokens,
     int channels, int panels, int rows, int weight_rows, int token_group, int channel_group,
-    int segment_panels, int gate_stride, int image_tokens, uint8* out, float* out_scale) {
+    int gate_stride, int image_tokens, uint16* out) {
     extern __shared__ __align__(1024) uint8 shared[];
+    launch_dependents();
+    wait_for_last_kernel();
     const uint32 base = shared_address(shared);
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     const int warp = thread / 32, lane = thread % 32;
@@ -144,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const int channel0 = blockIdx.x % channel_tiles * kChannels;
     const int own_tokens = min(kTokens, rows - token0), own_channels = min(kChannels, weight_rows - channel0);
     const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
-                    multiplier, rows, weight_rows, token_group, channel_group, segment_panels};
+                    multiplier, rows, weight_rows, token_group, channel_group};
 
 #pragma unroll
     for (int panel = 0; panel < kStages - 1; ++panel) {
@@ -192,16 +213,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
             multiply_step(d, a, base + at + kWeightBytes, step, lane);
             if constexpr (kPromotes && kSegments > 1) {
                 if ((step + 1) * kSegments % 4 == 0) {
-                    promote(acc, d, scales_at(scales, step * kSegments / 4), row, lane);
+                    promote_segment(acc, d, scales_at(scales, step * kSegments / 4), row, lane);
 #pragma unroll
                     for (int i = 0; i < kAccumulators; ++i) d[i] = 0;
                 }
             }
         }
         if constexpr (kPromotes && kSegments == 1) {
-            if (++summed == segment_panels) {
+            if (++summed == kSegmentPanels) {
                 summed = 0;
-                promote(acc, d, scales_at(scales, 0), row, lane);
+                promote_segment(acc, d, scales_at(scales, 0), row, lane);
 #pragma unroll
                 for (int i = 0; i < kAccumulators; ++i) d[i] = 0;
             }
@@ -209,22 +230,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     }
     copy_wait<0>();
     __syncthreads();  // the stages become the staging rows
-    if constexpr (!kPromotes) {
-#pragma unroll
-        for (int i = 0; i < kAccumulators; ++i) acc[i] = __int2float_rn(d[i]);
-    }
+    if constexpr (!kPromotes) convert_all(acc, d);
     const Output output{bias, token_scale, channel_scale, residual, gate, gate_stride, image_tokens,
-                        tokens, channels, reinterpret_cast<uint16*>(out)};
+                        tokens, channels, out};
     uint8* staging = shared + warpgroup * kStagingBytes;
     finish(acc, output, token0, channel0 + warpgroup * 64, warp, lane);
-#if QDIT_OUT_GROUP
-    uint8* extras = shared + kWarpgroups * kStagingBytes;
-    float2* own = reinterpret_cast<float2*>(extras + kMaximaBytes) + warpgroup * kGroupsHere * kTokens;
-    quantize_tile(acc, staging, reinterpret_cast<float*>(extras), own, output, {out, out_scale, rows}, token0,
-                  channel0 + warpgroup * 64, warpgroup, thread);
-#else
-    stage_pairs(staging, acc, warp, lane);
+    stage(staging, acc, warp, lane);
     barrier_sync(1 + warpgroup, 128);
     store_tile(staging, output, token0, channel0 + warpgroup * 64, thread);
-#endif
 }

@@ -5,16 +5,18 @@
 // (a TensorRT plugin could not pass one): activations [K/128, rows, 128], 8-bit weights likewise,
 // 4-bit weights [K/128, N/64, 4096 bytes] in the order of the register operand (layouts.py).
 #include "linear.cuh"
-#if QDIT_OUT_GROUP
-#include "quantized_output.cuh"
-#endif
 #include "wgmma.cuh"  // generated for QDIT_TILE_TOKENS: wgmma_shared, wgmma_registers
 
 constexpr int kStages = QDIT_STAGES;
-constexpr int kCluster = QDIT_CLUSTER;  // blocks that share each activation tile
-// Two panels in flight for each warpgroup: it promotes one while the next one is multiplied. Takes
-// twice the integer accumulators.
+// Warpgroups use the matrix unit in turn, so that one promotes while another one multiplies. Left to themselves they
+// share it evenly, finish together, and then leave it idle together. 1: a turn ends when its instructions are issued;
+// 2: when all but the last one have finished.
+constexpr int kTurns = QDIT_TURNS;
+constexpr bool kInTurn = kTurns > 0;
+// A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
+// Scales wait in registers while the matrix unit works, where there are registers for them.
+constexpr bool kEarlyScales = kWarpgroups == 2 || kTokens <= 96;
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
 constexpr int kInputBytes = kTokens * kPanel;
 constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
@@ -26,9 +28,12 @@ constexpr int kScaleBytes =
 constexpr int kScalesAt = kStages * (kWeightBytes + kInputBytes);
 constexpr int kStagingAt = kScalesAt + (kStages * kScaleBytes + 127) / 128 * 128;
 constexpr int kBarriersAt = kStagingAt + kWarpgroups * kStagingBytes;
+static_assert(kBarriersAt + 2 * kStages * 8 <= QDIT_SHARED_BYTES);
 constexpr int kThreads = 128 * (kWarpgroups + 1);
 constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 240;
 constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 32 : 24;
+// Named barriers: 1 … a warpgroup's own, then its turn.
+constexpr int kTurnBarrier = 1 + kWarpgroups;
 
 struct Place {
     int stage = 0;
@@ -53,9 +58,8 @@ struct Problem {
     int weight_rows;     // channels rounded up to a multiple of 64
     int token_group;     // segments that share a token scale
     int channel_group;   // segments that share a channel scale or multiplier
-    int segment_panels;  // panels summed before a promotion
-    int tiles;           // of the whole cluster
-    int channel_tiles;   // of the whole cluster, along N
+    int tiles;
+    int channel_tiles;   // along N
 };
 
 __device__ __forceinline__ void copy_rows(
@@ -63,72 +67,62 @@ __device__ __forceinline__ void copy_rows(
     bulk_copy(to, from + row * stride + first, count * 4, barrier);
 }
 
-__device__ __forceinline__ void produce(const Problem& p, uint32 base, uint32 rank) {
+__device__ __forceinline__ void produce(const Problem& p, uint32 base) {
     const uint32 full = base + kBarriersAt, empty = full + kStages * 8;
+    constexpr int kRowBytes = kFourBits ? 64 : 128;
     Place place;
-    for (int tile = blockIdx.x / kCluster; tile < p.tiles; tile += gridDim.x / kCluster) {
-        const int token0 = tile / p.channel_tiles * kTokens;
-        const int channel0 = (tile % p.channel_tiles * kCluster + static_cast<int>(rank)) * kChannels;
-        const int tokens = min(kTokens, p.rows - token0);
-        const int channels = max(0, min(kChannels, p.weight_rows - channel0));
-        constexpr int kShare = kTokens / kCluster;
-        const int first = rank * kShare, share = max(0, min(kShare, tokens - first));
-        const uint32 bytes =
-            tokens * kPanel + channels * (kFourBits ? 64 : 128) +
-            (kTokenScales + kWeightZero + kInputZero) * kSegments * tokens * 4 +
-            (kChannelScales + kWeightZero + kInputZero) * kSegments * channels * 4 +
-            kMultipliers * kSegments * channels;
+    bool first_tile = true;
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
+        const int token0 = tile / p.channel_tiles * kTokens, channel0 = tile % p.channel_tiles * kChannels;
+        const int tokens = min(kTokens, p.rows - token0), channels = min(kChannels, p.weight_rows - channel0);
+        const uint32 bytes = tokens * kPanel + channels * kRowBytes +
+                             (kTokenScales + kWeightZero + kInputZero) * kSegments * tokens * 4 +
+                             (kChannelScales + kWeightZero + kInputZero) * kSegments * channels * 4 +
+                             kMultipliers * kSegments * channels;
         for (int panel = 0; panel < p.panels; ++panel, place.next()) {
             const uint32 ready = full + place.stage * 8;
             barrier_wait(empty + place.stage * 8, place.phase ^ 1);
             barrier_expect(ready, bytes);
             const uint32 weights = base + place.stage * (kWeightBytes + kInputBytes);
-            if (channels > 0)
-                bulk_copy(weights, p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * (kFourBits ? 64 : 128),
-                          channels * (kFourBits ? 64 : 128), ready);
-            const uint8* from = p.x + (static_cast<long long>(panel) * p.rows + token0 + first) * kPanel;
-            const uint32 inputs = weights + kWeightBytes + first * kPanel;
-            if constexpr (kCluster == 1) {
-                bulk_copy(inputs, from, share * kPanel, ready);
-            } else if (share > 0) {
-                bulk_copy_multicast(inputs, from, share * kPanel, ready, (1u << kCluster) - 1);
-            }
-            uint32 scales = base + kScalesAt + place.stage * kScaleBytes;
+            bulk_copy(weights, p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * kRowBytes,
+                      channels * kRowBytes, ready);
+            if (first_tile && panel == 0) wait_for_last_kernel();  // weights were there before it
+            bulk_copy(weights + kWeightBytes, p.x + (static_cast<long long>(panel) * p.rows + token0) * kPanel,
+                      tokens * kPanel, ready);
+            const uint32 scales = base + kScalesAt + place.stage * kScaleBytes;
 #pragma unroll
             for (int part = 0; part < kSegments; ++part) {
-                const int segment = kSegments > 1 ? panel * kSegments + part : panel / p.segment_panels;
+                const int segment = kSegments > 1 ? panel * kSegments + part : panel / kSegmentPanels;
                 const int token_row = segment / p.token_group, channel_row = segment / p.channel_group;
+                const uint32 token_at = part * kTokens * 4, channel_at = part * kChannels * 4;
                 uint32 to = scales;
                 if constexpr (kTokenScales) {
-                    copy_rows(to + part * kTokens * 4, p.token_scale, token_row, p.rows, token0, tokens, ready);
+                    copy_rows(to + token_at, p.token_scale, token_row, p.rows, token0, tokens, ready);
                     to += kTokenScaleBytes;
                 }
                 if constexpr (kChannelScales) {
-                    if (channels > 0)
-                        copy_rows(to + part * kChannels * 4, p.channel_scale, channel_row, p.weight_rows, channel0, channels, ready);
+                    copy_rows(to + channel_at, p.channel_scale, channel_row, p.weight_rows, channel0, channels, ready);
                     to += kChannelScaleBytes;
                 }
                 if constexpr (kWeightZero) {
-                    copy_rows(to + part * kTokens * 4, p.token_sum, segment, p.rows, token0, tokens, ready);
+                    copy_rows(to + token_at, p.token_sum, segment, p.rows, token0, tokens, ready);
                     to += kTokenScaleBytes;
-                    if (channels > 0)
-                        copy_rows(to + part * kChannels * 4, p.channel_zero, channel_row, p.weight_rows, channel0, channels, ready);
+                    copy_rows(to + channel_at, p.channel_zero, channel_row, p.weight_rows, channel0, channels, ready);
                     to += kChannelScaleBytes;
                 }
                 if constexpr (kInputZero) {
-                    copy_rows(to + part * kTokens * 4, p.token_zero, token_row, p.rows, token0, tokens, ready);
+                    copy_rows(to + token_at, p.token_zero, token_row, p.rows, token0, tokens, ready);
                     to += kTokenScaleBytes;
-                    if (channels > 0)
-                        copy_rows(to + part * kChannels * 4, p.channel_sum, segment, p.weight_rows, channel0, channels, ready);
+                    copy_rows(to + channel_at, p.channel_sum, segment, p.weight_rows, channel0, channels, ready);
                     to += kChannelScaleBytes;
                 }
                 if constexpr (kMultipliers) {
-                    if (channels > 0)
-                        bulk_copy(to + part * kChannels,
-                                  p.multiplier + static_cast<long long>(channel_row) * p.weight_rows + channel0, channels, ready);
+                    bulk_copy(to + part * kChannels,
+                              p.multiplier + static_cast<long long>(channel_row) * p.weight_rows + channel0, channels, ready);
                 }
             }
         }
+        first_tile = false;
     }
 }
 
@@ -154,22 +148,33 @@ __device__ __forceinline__ const uint8* multipliers_at(const uint8* bytes, int p
            (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + part * kChannels;
 }
 
-// Matrix instructions `from` … `to` of one panel into d; the first one starts anew unless `accumulate`.
+// Matrix instructions From … To - 1 of one panel into d; the first one starts anew unless `accumulate`.
+// Descriptors count 16 bytes: a step of 32 bytes further on is 2 more.
 template <int From, int To>
 __device__ __forceinline__ void multiply(
     int (&d)[kAccumulators], uint32 weights, uint32 inputs, const uint32 (&a)[4][4], bool accumulate) {
     wgmma_fence();
 #pragma unroll
     for (int step = From; step < To; ++step) {
-        const uint64 input = panel_descriptor(inputs + step * kStep);
         const int keep = step > From || accumulate;
         if constexpr (kFourBits) {
-            wgmma_registers(d, a[step], input, keep);
+            wgmma_registers(d, a[step], inputs + 2 * step, keep);
         } else {
-            wgmma_shared(d, panel_descriptor(weights + step * kStep), input, keep);
+            wgmma_shared(d, weights + 2 * step, inputs + 2 * step, keep);
         }
+        if (kTurns == 2 && step + 2 == To) wgmma_commit();
     }
     wgmma_commit();
+}
+
+// This warpgroup's turn begins, and ends once the next one may follow.
+__device__ __forceinline__ void take_turn(int warpgroup) {
+    if constexpr (kInTurn) barrier_sync(kTurnBarrier + warpgroup, 256);
+}
+
+__device__ __forceinline__ void pass_turn(int warpgroup) {
+    if constexpr (kInTurn)
+        barrier_join(kTurnBarrier + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), 256);
 }
 
 // All four steps' register operands: 32 bytes a thread of the warpgroup's 4096.
@@ -192,175 +197,231 @@ __device__ __forceinline__ void unpack_panel(
 // This warp has read all it needs of a stage.
 __device__ __forceinline__ void release(uint32 empty, int lane) {
     __syncwarp();
-    if constexpr (kCluster == 1) {
-        if (lane == 0) barrier_arrive(empty);
-    } else {
-        if (lane < kCluster) barrier_arrive_cluster(empty, lane);
+    if (lane == 0) barrier_arrive(empty);
+}
+
+// The transposed tile into rows of tokens.
+__device__ __forceinline__ void stage(uint8* staging, const float (&acc)[kAccumulators], int warp, int lane) {
+    const int matrix = lane >> 3, row = lane & 7;
+    const uint32 base = shared_address(staging) + ((matrix >> 1) * 8 + row) * kStagingRow + ((matrix & 1) * 8 + warp * 16) * 2;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; j += 2) {
+        const uint32 packed[4] = {
+            pack_halves(acc[4 * j], acc[4 * j + 1]), pack_halves(acc[4 * j + 2], acc[4 * j + 3]),
+            pack_halves(acc[4 * j + 4], acc[4 * j + 5]), pack_halves(acc[4 * j + 6], acc[4 * j + 7])};
+        store_matrix_x4_transposed(base + j * 8 * kStagingRow, packed);
     }
 }
 
-template <bool Apart>
-__device__ __forceinline__ auto& pick_accumulators(int (&one)[kAccumulators], int (&other)[Apart ? kAccumulators : 1]) {
-    if constexpr (Apart) {
-        return other;
-    } else {
-        return one;
+// What stays the same for a consumer's thread.
+struct Consumer {
+    uint8* shared;
+    uint32 full;       // the first stage's barriers
+    uint32 empty;
+    uint32 weights;    // lower words of the first stage's descriptors
+    uint32 inputs;
+    int warpgroup;
+    int thread;        // of the warpgroup
+    int lane;
+    int row;           // this thread's lower channel in the tile
+
+    __device__ __forceinline__ const uint8* scales(const Place& place) const {
+        return shared + kScalesAt + place.stage * kScaleBytes;
+    }
+
+    __device__ __forceinline__ uint32 offset(const Place& place) const {
+        return place.stage * ((kWeightBytes + kInputBytes) >> 4);
+    }
+
+    __device__ __forceinline__ void unpack(uint32 (&a)[4][4], const Place& place) const {
+        if constexpr (kFourBits)
+            unpack_panel(a, shared + place.stage * (kWeightBytes + kInputBytes) + warpgroup * 4096,
+                         multipliers_at(scales(place), 0), thread, row);
+    }
+
+    template <int From, int To>
+    __device__ __forceinline__ void issue(
+        int (&d)[kAccumulators], const uint32 (&a)[4][4], const Place& place, bool accumulate) const {
+        take_turn(warpgroup);
+        multiply<From, To>(d, weights + offset(place), inputs + offset(place), a, accumulate);
+        if constexpr (kTurns == 2) wgmma_wait<1>();
+        pass_turn(warpgroup);
+    }
+
+    __device__ __forceinline__ void wait(const Place& place) const { barrier_wait(full + place.stage * 8, place.phase); }
+
+    __device__ __forceinline__ void done(const Place& place) const { release(empty + place.stage * 8, lane); }
+};
+
+// One segment's scales: in registers from the start, or token by token where there is no room.
+struct Segment {
+    Scales scales;
+    OwnScales own;
+
+    __device__ __forceinline__ void load(const Consumer& consumer, const Place& place, int part) {
+        scales = scales_at(consumer.scales(place), part);
+        if constexpr (kEarlyScales) {
+            load_channels(own, scales, consumer.row);
+            load_tokens(own, scales, consumer.lane);
+        }
+    }
+
+    __device__ __forceinline__ void promote_into(
+        float (&acc)[kAccumulators], const int (&d)[kAccumulators], const Consumer& consumer) {
+        if constexpr (!kEarlyScales) {
+            load_channels(own, scales, consumer.row);
+            load_tokens(own, scales, consumer.lane);
+        }
+        promote(acc, d, own, scales, consumer.lane);
+    }
+};
+
+// All segments within one panel, one after the other.
+template <int Part>
+__device__ __forceinline__ void multiply_segments(
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], const uint32 (&a)[4][4], const Consumer& own, const Place& place) {
+    if constexpr (Part < kSegments) {
+        constexpr int kSteps = 4 / kSegments;
+        Segment segment;
+        segment.load(own, place, Part);
+        own.issue<Part * kSteps, (Part + 1) * kSteps>(d, a, place, false);
+        wgmma_wait<0>();
+        segment.promote_into(acc, d, own);
+        multiply_segments<Part + 1>(acc, d, a, own, place);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1)
-#if QDIT_CLUSTER > 1
-    __cluster_dims__(QDIT_CLUSTER, 1, 1)
-#endif
-    qdit_linear(
-        const uint8* x, const float* token_scale, const float* token_sum, const float* token_zero,
-        const uint8* w, const float* channel_scale, const float* channel_zero, const float* channel_sum,
-        const uint8* multiplier, const uint16* bias, const uint16* residual, const uint16* gate,
-        int tokens, int channels, int panels, int rows, int weight_rows, int token_group,
-        int channel_group, int segment_panels, int gate_stride, int image_tokens, uint8* out,
-        float* out_scale) {
+// A tile's sums over all panels, promoted where scales change along k; without, acc stays untouched and d is the sum.
+__device__ __forceinline__ void accumulate(
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    for (int panel = 0; panel < panels; ++panel, place.next()) {
+        uint32 a[4][4];
+        own.wait(place);
+        own.unpack(a, place);
+        if constexpr (!kPromotes) {
+            own.issue<0, 4>(d, a, place, panel > 0);
+            wgmma_wait<0>();
+        } else if constexpr (kSegmentPanels > 1) {
+            Segment segment;
+            segment.load(own, place, 0);
+            own.issue<0, 4>(d, a, place, panel % kSegmentPanels > 0);
+            wgmma_wait<0>();
+            if (panel % kSegmentPanels == kSegmentPanels - 1) segment.promote_into(acc, d, own);
+        } else {
+            multiply_segments<0>(acc, d, a, own, place);
+        }
+        own.done(place);
+    }
+}
+
+// The same with one panel in flight while another one is promoted: segments of one panel each.
+__device__ __forceinline__ void accumulate_pipelined(
+    float (&acc)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    int d[2][kAccumulators];
+    uint32 a[2][4][4];
+    Place ahead = place;
+    const auto issue = [&](int(&to)[kAccumulators], uint32(&operand)[4][4]) {
+        own.wait(ahead);
+        own.unpack(operand, ahead);
+        own.issue<0, 4>(to, operand, ahead, false);
+        ahead.next();
+    };
+    const auto retire = [&](Segment& segment, const int(&from)[kAccumulators]) {
+        segment.promote_into(acc, from, own);
+        own.done(place);
+        place.next();
+    };
+    const auto both = [&](int(&to)[kAccumulators], uint32(&operand)[4][4], const int(&from)[kAccumulators]) {
+        Segment segment;
+        segment.load(own, place, 0);
+        issue(to, operand);
+        wgmma_wait<1>();
+        retire(segment, from);
+    };
+    const auto last = [&](const int(&from)[kAccumulators]) {
+        Segment segment;
+        segment.load(own, place, 0);
+        wgmma_wait<0>();
+        retire(segment, from);
+    };
+    issue(d[0], a[0]);
+    int panel = 1;
+    for (; panel + 1 < panels; panel += 2) {
+        both(d[1], a[1], d[0]);
+        both(d[0], a[0], d[1]);
+    }
+    if (panel < panels) {
+        both(d[1], a[1], d[0]);
+        last(d[1]);
+    } else {
+        last(d[0]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
+    const uint8* x, const float* token_scale, const float* token_sum, const float* token_zero, const uint8* w,
+    const float* channel_scale, const float* channel_zero, const float* channel_sum, const uint8* multiplier,
+    const uint16* bias, const uint16* residual, const uint16* gate, int tokens, int channels, int panels, int rows,
+    int weight_rows, int token_group, int channel_group, int gate_stride, int image_tokens, uint16* out) {
     extern __shared__ __align__(1024) uint8 shared[];
     const uint32 base = shared_address(shared);
     const uint32 full = base + kBarriersAt, empty = full + kStages * 8;
-    const uint32 rank = kCluster > 1 ? cluster_rank() : 0;
-    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-    constexpr int kClusterChannels = kChannels * kCluster;
-    const int channel_tiles = (channels + kClusterChannels - 1) / kClusterChannels;
+    // the same for a whole warp, and the compiler is to know it
+    const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
+    const int channel_tiles = (channels + kChannels - 1) / kChannels;
     const int tiles = (tokens + kTokens - 1) / kTokens * channel_tiles;
-    const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
-                    multiplier, panels, rows, weight_rows, token_group, channel_group, segment_panels,
-                    tiles, channel_tiles};
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
             barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, 4 * kWarpgroups * kCluster);
+            barrier_init(empty + stage * 8, 4 * kWarpgroups);
         }
         fence_barrier_init();
     }
     __syncthreads();
-    if constexpr (kCluster > 1) cluster_sync();
+    launch_dependents();
 
     if (warpgroup == kWarpgroups) {
         lower_registers<kProducerRegisters>();
-        if (thread == 0) produce(p, base, rank);
+        const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
+                        multiplier, panels, rows, weight_rows, token_group, channel_group, tiles, channel_tiles};
+        if (thread == 0) produce(p, base);
     } else {
         raise_registers<kConsumerRegisters>();
+        wait_for_last_kernel();
         const int warp = thread / 32, lane = thread % 32;
-        const int row = warpgroup * 64 + warp * 16 + lane / 4;  // this thread's lower channel in the tile
+        const Consumer own{shared, full, empty, descriptor_low(base + warpgroup * 8192),
+                           descriptor_low(base + kWeightBytes), warpgroup, thread, lane,
+                           warpgroup * 64 + warp * 16 + lane / 4};
         uint8* staging = shared + kStagingAt + warpgroup * kStagingBytes;
         const Output output{bias, token_scale, channel_scale, residual, gate, gate_stride, image_tokens,
-                            tokens, channels, reinterpret_cast<uint16*>(out)};
-        Place place, ahead;  // the oldest panel in use, and the next one to multiply
-        for (int tile = blockIdx.x / kCluster; tile < tiles; tile += gridDim.x / kCluster) {
+                            tokens, channels, out};
+        if (kInTurn && warpgroup + 1 == kWarpgroups) pass_turn(warpgroup);  // the first turn is warpgroup 0's
+        Place place;
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
             const int token0 = tile / channel_tiles * kTokens;
-            const int channel0 = (tile % channel_tiles * kCluster + static_cast<int>(rank)) * kChannels;
+            const int channel0 = tile % channel_tiles * kChannels + warpgroup * 64;
+#if QDIT_GATED
+            for (int at = thread; at < kTokens; at += 128)
+                if (token0 + at < tokens && channel0 < channels)
+                    prefetch(residual + static_cast<long long>(token0 + at) * channels + channel0);
+#endif
             float acc[kAccumulators];
-            int d[kAccumulators];
             if constexpr (kPromotes) {
 #pragma unroll
                 for (int i = 0; i < kAccumulators; ++i) acc[i] = 0.0f;
             }
             if constexpr (kPipelined) {
-                int other_d[kPromotes ? kAccumulators : 1];
-                uint32 a[4][4], other_a[4][4];
-                int(&second)[kAccumulators] = pick_accumulators<kPromotes>(d, other_d);
-                const auto issue = [&](int(&to)[kAccumulators], uint32(&operand)[4][4], bool accumulate) {
-                    const int at = ahead.stage * (kWeightBytes + kInputBytes);
-                    barrier_wait(full + ahead.stage * 8, ahead.phase);
-                    if constexpr (kFourBits)
-                        unpack_panel(operand, shared + at + warpgroup * 4096,
-                                     multipliers_at(shared + kScalesAt + ahead.stage * kScaleBytes, 0), thread, row);
-                    multiply<0, 4>(to, base + at + warpgroup * (kFourBits ? 4096 : 8192), base + at + kWeightBytes, operand, accumulate);
-                    ahead.next();
-                };
-                const auto retire = [&](const int(&from)[kAccumulators]) {
-                    if constexpr (kPromotes)
-                        promote(acc, from, scales_at(shared + kScalesAt + place.stage * kScaleBytes, 0), row, lane);
-                    release(empty + place.stage * 8, lane);
-                    place.next();
-                };
-                issue(d, a, false);
-                int panel = 1;
-                for (; panel + 1 < panels; panel += 2) {
-                    issue(second, other_a, !kPromotes);
-                    wgmma_wait<1>();
-                    retire(d);
-                    issue(d, a, !kPromotes);
-                    wgmma_wait<1>();
-                    retire(second);
-                }
-                if (panel < panels) {
-                    issue(second, other_a, !kPromotes);
-                    wgmma_wait<1>();
-                    retire(d);
-                    wgmma_wait<0>();
-                    retire(second);
-                } else {
-                    wgmma_wait<0>();
-                    retire(d);
-                }
+                accumulate_pipelined(acc, own, place, panels);
+            } else {
+                int d[kAccumulators];
+                accumulate(acc, d, own, place, panels);
+                if constexpr (!kPromotes) convert_all(acc, d);
             }
-            int summed = 0;  // panels in d since the last promotion
-            for (int panel = 0; !kPipelined && panel < panels; ++panel, place.next()) {
-                const int at = place.stage * (kWeightBytes + kInputBytes);
-                const uint32 weights = base + at + warpgroup * (kFourBits ? 4096 : 8192);
-                const uint32 inputs = base + at + kWeightBytes;
-                const uint8* scales = shared + kScalesAt + place.stage * kScaleBytes;
-                barrier_wait(full + place.stage * 8, place.phase);
-                uint32 a[4][4];
-                if constexpr (kFourBits)
-                    unpack_panel(a, shared + at + warpgroup * 4096, multipliers_at(scales, 0), thread, row);
-                if constexpr (!kPromotes) {
-                    multiply<0, 4>(d, weights, inputs, a, panel > 0);
-                    wgmma_wait<0>();
-                } else if constexpr (kSegments == 1) {
-                    multiply<0, 4>(d, weights, inputs, a, summed > 0);
-                    wgmma_wait<0>();
-                    if (++summed == segment_panels) {
-                        summed = 0;
-                        promote(acc, d, scales_at(scales, 0), row, lane);
-                    }
-                } else if constexpr (kSegments == 2) {
-                    multiply<0, 2>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 0), row, lane);
-                    multiply<2, 4>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 1), row, lane);
-                } else {
-                    multiply<0, 1>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 0), row, lane);
-                    multiply<1, 2>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 1), row, lane);
-                    multiply<2, 3>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 2), row, lane);
-                    multiply<3, 4>(d, weights, inputs, a, false);
-                    wgmma_wait<0>();
-                    promote(acc, d, scales_at(scales, 3), row, lane);
-                }
-                release(empty + place.stage * 8, lane);
-            }
-            if constexpr (!kPromotes) {
-#pragma unroll
-                for (int i = 0; i < kAccumulators; ++i) acc[i] = __int2float_rn(d[i]);
-            }
-            finish(acc, output, token0, channel0 + warpgroup * 64, warp, lane);
-#if QDIT_OUT_GROUP
-            constexpr int kExtrasAt = kBarriersAt + 2 * kStages * 8 + 64;
-            float* maxima = reinterpret_cast<float*>(shared + kExtrasAt);
-            float2* own = reinterpret_cast<float2*>(shared + kExtrasAt + kMaximaBytes) + warpgroup * kGroupsHere * kTokens;
-            quantize_tile(acc, staging, maxima, own, output, {out, out_scale, rows}, token0,
-                          channel0 + warpgroup * 64, warpgroup, thread);
-#else
-            stage_pairs(staging, acc, warp, lane);
+            finish(acc, output, token0, channel0, warp, lane);
+            stage(staging, acc, warp, lane);
             barrier_sync(1 + warpgroup, 128);
-            store_tile(staging, output, token0, channel0 + warpgroup * 64, thread);
-#endif
+            store_tile(staging, output, token0, channel0, thread);
             barrier_sync(1 + warpgroup, 128);  // the next tile reuses the staging rows
         }
     }
-    if constexpr (kCluster > 1) cluster_sync();  // no block may leave while another can still write to it
 }

@@ -22,26 +22,17 @@ __device__ __forceinline__ void load_matrix_x4(uint32 (&r)[4], uint32 address) {
                  : "memory");
 }
 
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ uint32 cluster_rank() {
-    uint32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::
-                     : "memory");
-}
-
 __device__ __forceinline__ void barrier_init(uint32 barrier, uint32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// Makes initialized barriers visible to the copy engine and to the other blocks of the cluster.
+// Makes initialized barriers visible to the copy engine.
 __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
@@ -53,20 +44,10 @@ __device__ __forceinline__ void barrier_arrive(uint32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrive at the barrier of the same address in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_cluster(uint32 barrier, uint32 rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
     asm volatile(
         "{\n.reg .pred done;\nRETRY:\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra DONE;\nbra RETRY;\nDONE:\n}" ::"r"(barrier),
         "r"(parity)
         : "memory");
@@ -81,14 +62,15 @@ __device__ __forceinline__ void bulk_copy(uint32 to, const void* from, uint32 by
         : "memory");
 }
 
-// The same into the shared memory of every block in `mask`, at the same offset.
-__device__ __forceinline__ void bulk_copy_multicast(
-    uint32 to, const void* from, uint32 bytes, uint32 barrier, uint16 mask) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-        " [%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "h"(mask)
-        : "memory");
+// Programmatic dependent launch: lets the next kernel of the stream start its preamble; waits until the last one
+// has finished, before anything that it wrote is read and anything that it reads is written.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_last_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Takes its place among `threads` that meet at a named barrier, without waiting for the others.
+__device__ __forceinline__ void barrier_join(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -112,14 +94,11 @@ __device__ __forceinline__ void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(Registers));
 }
 
-// Matrix descriptor of a K-major operand in panels of 128 bytes a row with the 128-byte swizzle:
-// atoms of 8 rows, 1024 bytes apart (PTX ISA, 'Matrix Descriptor Format').
-__device__ __forceinline__ uint64 panel_descriptor(uint32 address) {
-    constexpr uint64 kSwizzle128 = 1ull << 62;
-    constexpr uint64 kAtomStride = static_cast<uint64>(1024 >> 4) << 32;
-    constexpr uint64 kLeadingUnused = 1ull << 16;
-    return kSwizzle128 | kAtomStride | kLeadingUnused | ((address & 0x3FFFF) >> 4);
-}
+// Matrix descriptor of a K-major operand in panels of 128 bytes a row with the 128-byte swizzle: atoms of 8 rows,
+// 1024 bytes apart (PTX ISA, 'Matrix Descriptor Format'). Addresses count 16 bytes.
+constexpr uint32 kDescriptorHigh = 1u << 30 | 1024 >> 4;
+
+__device__ __forceinline__ uint32 descriptor_low(uint32 address) { return 1u << 16 | (address & 0x3FFFF) >> 4; }
 
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32 address, const uint32 (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
@@ -127,4 +106,7 @@ __device__ __forceinline__ void store_matrix_x4_transposed(uint32 address, const
                  "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
                  : "memory");
 }
+#else
+__device__ __forceinline__ void launch_dependents() {}
+__device__ __forceinline__ void wait_for_last_kernel() {}
 #endif

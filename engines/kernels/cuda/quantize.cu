@@ -1,22 +1,28 @@
 // Dynamic activation quantization, one scale a token and group of k, into the panels that the products read:
-// int8 [K/128, rows, 128], 16-byte chunks swizzled by the row, and scales [K/group, rows].
+// int8 [K/128, rows, 128], 16-byte chunks swizzled by the row, and scales [K/group, rows], sixteen rows each in the
+// order of place_of_scale.
 // With QDIT_NORM the rows are first layer-normalized and modulated by adaLN's shift and scale, with QDIT_GELU
-// they go through GELU; both in float32. One warp takes one row.
+// they go through GELU; both in float32.
 #include "numbers.cuh"
 
 constexpr int kWidth = QDIT_WIDTH;   // K
 constexpr int kGroup = QDIT_GROUP;
 constexpr int kPanels = (kWidth + 127) / 128;
+constexpr int kSpan = QDIT_SPAN;     // panels of a row that one warp takes
+constexpr int kTeam = QDIT_TEAM;     // warps of one block that take one row's spans and share its scale
 constexpr float kSteps = QDIT_STEPS;  // 127 at 8 bits; asymmetric 255
 constexpr bool kAsymmetric = QDIT_ASYMMETRIC;
 constexpr int kSumGroup = QDIT_SUM_GROUP;  // sums of stored integers by this many k; 0: none
-constexpr float kSmallestScale = 5.9604644775390625e-08f;
+constexpr float kSmallestScale = 0x1p-24f;  // quantizers.MIN_SCALE
 constexpr bool kNorm = QDIT_NORM;
-constexpr bool kGelu = QDIT_GELU;
+constexpr int kGelu = QDIT_GELU;     // 1: the tanh form, 2: the exact one
+constexpr int kWarps = 8;
 // Groups that lie in the lanes' four neighbouring values of whole panels need no shared memory.
 constexpr bool kInRegisters = kWidth % 128 == 0 && !kAsymmetric && kSumGroup == 0 &&
                               (kGroup == 32 || kGroup == 64 || kGroup % 128 == 0);
 constexpr int kRowBytes = kInRegisters ? 0 : kPanels * 128 * 5;
+static_assert(kPanels % (kSpan * kTeam) == 0 && kWarps % kTeam == 0);
+static_assert(!(kNorm || !kInRegisters) || kSpan == kPanels);
 
 #if QDIT_INPUT_FLOAT32
 using Input = float4;
@@ -50,47 +56,39 @@ __device__ __forceinline__ float most_of(float value) {
     return value;
 }
 
-// (x − mean) / sqrt(variance + ε) · (1 + scale) + shift of the warp's row, K = 4 · 32 · kPanels at most.
+// (x − mean) / sqrt(variance + ε) · (1 + scale) + shift of the warp's row, all of which it holds.
 __device__ __forceinline__ void normalize(
-    float (&v)[kPanels][4], const Modulation& modulation, int row, int lane) {
+    float (&v)[kSpan][4], const Modulation& modulation, int row, int lane) {
+    const long long offset = static_cast<long long>(row / modulation.image_tokens) * modulation.stride + lane * 4;
+    uint2 scale[kSpan] = {}, shift[kSpan] = {};
     float sum = 0.0f;
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel)
+    for (int panel = 0; panel < kSpan; ++panel) {
+        if (panel * 128 + lane * 4 >= kWidth) continue;
+        // asked for before the sums, which take a while
+        scale[panel] = *reinterpret_cast<const uint2*>(modulation.scale + offset + panel * 128);
+        shift[panel] = *reinterpret_cast<const uint2*>(modulation.shift + offset + panel * 128);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sum += v[panel][i];  // padding is zero
+        for (int i = 0; i < 4; ++i) sum += v[panel][i];
+    }
     const float mean = sum_of_warp(sum) / kWidth;
     float squares = 0.0f;
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
+    for (int panel = 0; panel < kSpan; ++panel) {
         if (panel * 128 + lane * 4 >= kWidth) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) squares = fmaf(v[panel][i] - mean, v[panel][i] - mean, squares);
     }
     const float inverse = rsqrtf(sum_of_warp(squares) / kWidth + modulation.epsilon);
-    const long long offset = static_cast<long long>(row / modulation.image_tokens) * modulation.stride;
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-        const int k = panel * 128 + lane * 4;
-        if (k >= kWidth) continue;
-        const uint2 scale = *reinterpret_cast<const uint2*>(modulation.scale + offset + k);
-        const uint2 shift = *reinterpret_cast<const uint2*>(modulation.shift + offset + k);
-        const float scales[4] = {low_half(scale.x), high_half(scale.x), low_half(scale.y), high_half(scale.y)};
-        const float shifts[4] = {low_half(shift.x), high_half(shift.x), low_half(shift.y), high_half(shift.y)};
+    for (int panel = 0; panel < kSpan; ++panel) {
+        if (panel * 128 + lane * 4 >= kWidth) continue;
+        const float scales[4] = {low_half(scale[panel].x), high_half(scale[panel].x), low_half(scale[panel].y), high_half(scale[panel].y)};
+        const float shifts[4] = {low_half(shift[panel].x), high_half(shift[panel].x), low_half(shift[panel].y), high_half(shift[panel].y)};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             v[panel][i] = fmaf((v[panel][i] - mean) * inverse, 1.0f + scales[i], shifts[i]);
     }
-}
-
-__device__ __forceinline__ uint32 quantized4(const float (&v)[4], float scale) {
-    const float reciprocal = __frcp_rn(scale);
-    uint32 packed = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const float q = fminf(fmaxf(divide_and_round(v[i], scale, reciprocal), -kSteps - 1.0f), kSteps);
-        packed |= (static_cast<uint32>(static_cast<int>(q)) & 0xFFu) << (8 * i);
-    }
-    return packed;
 }
 
 __device__ __forceinline__ uint8* place_of(uint8* values, int rows, int panel, int row, int lane) {
@@ -101,38 +99,55 @@ __device__ __forceinline__ float largest(const float (&v)[4]) {
     return fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
 }
 
+__device__ __forceinline__ float scale_of(float most) { return fmaxf(__fdiv_rn(most, kSteps), kSmallestScale); }
+
+// The panels first … first + kSpan - 1 of a row.
 __device__ __forceinline__ void quantize_in_registers(
-    const float (&v)[kPanels][4], uint8* values, float* scales, int rows, int row, int lane) {
+    const float (&v)[kSpan][4], uint8* values, float* scales, int rows, int row, int first, int warp, int lane) {
+    const auto store = [&](int panel, float scale, float reciprocal) {
+        *reinterpret_cast<uint32*>(place_of(values, rows, first + panel, row, lane)) = quantized4(v[panel], scale, reciprocal);
+    };
     if constexpr (kGroup <= 128) {
         constexpr int kLanes = kGroup / 4, kGroups = 128 / kGroup;
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-            const float scale = fmaxf(__fdiv_rn(most_of<kLanes>(largest(v[panel])), kSteps), kSmallestScale);
-            *reinterpret_cast<uint32*>(place_of(values, rows, panel, row, lane)) = quantized4(v[panel], scale);
+        for (int panel = 0; panel < kSpan; ++panel) {
+            const float scale = scale_of(most_of<kLanes>(largest(v[panel])));
+            store(panel, scale, __frcp_rn(scale));
             if (lane % kLanes == 0)
-                scales[static_cast<long long>(panel * kGroups + lane / kLanes) * rows + row] = scale;
+                scales[static_cast<long long>((first + panel) * kGroups + lane / kLanes) * rows + place_of_scale(row)] = scale;
         }
-    } else {
-        constexpr int kSpan = kGroup / 128;
+    } else if constexpr (kTeam == 1) {
+        constexpr int kGroupPanels = kGroup / 128;
 #pragma unroll
-        for (int group = 0; group < kPanels / kSpan; ++group) {
+        for (int panel = 0; panel < kSpan; panel += kGroupPanels) {
             float most = 0.0f;
 #pragma unroll
-            for (int i = 0; i < kSpan; ++i) most = fmaxf(most, largest(v[group * kSpan + i]));
-            const float scale = fmaxf(__fdiv_rn(most_of<32>(most), kSteps), kSmallestScale);
+            for (int i = 0; i < kGroupPanels; ++i) most = fmaxf(most, largest(v[panel + i]));
+            const float scale = scale_of(most_of<32>(most)), reciprocal = __frcp_rn(scale);
 #pragma unroll
-            for (int i = 0; i < kSpan; ++i) {
-                const int panel = group * kSpan + i;
-                *reinterpret_cast<uint32*>(place_of(values, rows, panel, row, lane)) = quantized4(v[panel], scale);
-            }
-            if (lane == 0) scales[static_cast<long long>(group) * rows + row] = scale;
+            for (int i = 0; i < kGroupPanels; ++i) store(panel + i, scale, reciprocal);
+            if (lane == 0) scales[static_cast<long long>((first + panel) / kGroupPanels) * rows + place_of_scale(row)] = scale;
         }
+    } else {
+        __shared__ float maxima[kWarps];
+        float most = 0.0f;
+#pragma unroll
+        for (int panel = 0; panel < kSpan; ++panel) most = fmaxf(most, largest(v[panel]));
+        most = most_of<32>(most);
+        if (lane == 0) maxima[warp] = most;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kTeam; ++i) most = fmaxf(most, maxima[warp / kTeam * kTeam + i]);
+        const float scale = scale_of(most), reciprocal = __frcp_rn(scale);
+#pragma unroll
+        for (int panel = 0; panel < kSpan; ++panel) store(panel, scale, reciprocal);
+        if (lane == 0 && first == 0) scales[place_of_scale(row)] = scale;
     }
 }
 
 // Any group that divides K, zero points and sums: by way of the row in shared memory.
 __device__ __forceinline__ void quantize_in_shared(
-    const float (&v)[kPanels][4], uint8* shared, uint8* values, float* scales, float* zeros,
+    const float (&v)[kSpan][4], uint8* shared, uint8* values, float* scales, float* zeros,
     float* sums, int rows, int row, int lane) {
     float* wide = reinterpret_cast<float*>(shared);
     signed char* narrow = reinterpret_cast<signed char*>(shared + kPanels * 128 * 4);
@@ -163,8 +178,8 @@ __device__ __forceinline__ void quantize_in_shared(
             narrow[group * kGroup + k] = static_cast<signed char>(fminf(fmaxf(q, kLowest), kSteps) - kShift);
         }
         if (lane == 0) {
-            scales[static_cast<long long>(group) * rows + row] = scale;
-            if constexpr (kAsymmetric) zeros[static_cast<long long>(group) * rows + row] = zero - kShift;
+            scales[static_cast<long long>(group) * rows + place_of_scale(row)] = scale;
+            if constexpr (kAsymmetric) zeros[static_cast<long long>(group) * rows + place_of_scale(row)] = zero - kShift;
         }
     }
     __syncwarp();
@@ -173,7 +188,7 @@ __device__ __forceinline__ void quantize_in_shared(
             int sum = 0;
             for (int k = lane; k < kSumGroup; k += 32) sum += narrow[part * kSumGroup + k];
             const float total = sum_of_warp(static_cast<float>(sum));
-            if (lane == 0) sums[static_cast<long long>(part) * rows + row] = total;
+            if (lane == 0) sums[static_cast<long long>(part) * rows + place_of_scale(row)] = total;
         }
     }
 #pragma unroll
@@ -182,33 +197,38 @@ __device__ __forceinline__ void quantize_in_shared(
             *reinterpret_cast<const uint32*>(narrow + panel * 128 + lane * 4);
 }
 
-extern "C" __global__ void __launch_bounds__(256) qdit_quantize(
+extern "C" __global__ void __launch_bounds__(kWarps * 32) qdit_quantize(
     const Input* x, const uint16* shift, const uint16* scale, int tokens, int rows, int row_stride,
     int modulation_stride, int image_tokens, float epsilon, uint8* values, float* scales, float* zeros,
     float* sums) {
     extern __shared__ __align__(16) uint8 shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row = blockIdx.x * 8 + warp;
-    if (row >= tokens) return;
-    float v[kPanels][4];
-    const Input* from = x + static_cast<long long>(row) * row_stride;  // strides count four values
+    const int row = blockIdx.x * (kWarps / kTeam) + warp / kTeam;
+    const int first = (blockIdx.y * kTeam + warp % kTeam) * kSpan;
+    launch_dependents();
+    wait_for_last_kernel();
+    // A team's warps meet at a barrier, so that none may leave: in place of a row beyond the last one they work on
+    // that again, and write to the padding.
+    if (kTeam == 1 && row >= tokens) return;
+    float v[kSpan][4];
+    const Input* from = x + static_cast<long long>(min(row, tokens - 1)) * row_stride;  // in steps of four values
 #pragma unroll
-    for (int panel = 0; panel < kPanels; ++panel) {
-        if (panel * 128 + lane * 4 < kWidth) {
-            widen4(v[panel], from[panel * 32 + lane]);
+    for (int panel = 0; panel < kSpan; ++panel) {
+        if ((first + panel) * 128 + lane * 4 < kWidth) {
+            widen4(v[panel], from[(first + panel) * 32 + lane]);
         } else {
             v[panel][0] = v[panel][1] = v[panel][2] = v[panel][3] = 0.0f;
         }
     }
     if constexpr (kNorm) normalize(v, {shift, scale, modulation_stride, image_tokens, epsilon}, row, lane);
-    if constexpr (kGelu) {
+    if constexpr (kGelu > 0) {
 #pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel)
+        for (int panel = 0; panel < kSpan; ++panel)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) v[panel][i] = gelu_tanh(v[panel][i]);
+            for (int i = 0; i < 4; ++i) v[panel][i] = kGelu == 1 ? gelu_tanh(v[panel][i]) : gelu_exact(v[panel][i]);
     }
     if constexpr (kInRegisters) {
-        quantize_in_registers(v, values, scales, rows, row, lane);
+        quantize_in_registers(v, values, scales, rows, row, first, warp, lane);
     } else {
         quantize_in_shared(v, shared + warp * kRowBytes, values, scales, zeros, sums, rows, row, lane);
     }

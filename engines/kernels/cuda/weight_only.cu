@@ -86,6 +86,8 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32) qdit_weight_only(
     const uint16* x, const uint8* w, const float* channel_scale, const float* channel_zero,
     const uint16* bias, int tokens, int channels, int width, int weight_rows, int channel_group,
     int row_stride, uint16* out) {
+    launch_dependents();
+    wait_for_last_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int channel0 = (blockIdx.x * kWarps + warp) * 32, token0 = blockIdx.y * kTiles * 8;
     if (channel0 >= channels) return;
