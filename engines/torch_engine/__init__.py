@@ -1,0 +1,1 @@
+"""A quantized checkpoint in PyTorch on the CUDA kernels (docs/kernels.md)."""
