@@ -43,7 +43,9 @@ register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime"
 register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
 register("qdq-packed", f"{_ONNX}:QdqPacked", "model.onnx, weights kept packed", quantized=True)
 register("torch", f"{_TORCH}:Eager", "full precision in PyTorch, eager", quantized=False)
+register("torch-bf16", f"{_TORCH}:EagerBFloat16", "bfloat16 in PyTorch, eager", quantized=False)
 register("torch-compile", f"{_TORCH}:Compiled", "full precision, torch.compile", quantized=False)
+register("torch-quantized", f"{_TORCH}:Quantized", "the CUDA kernels in PyTorch", quantized=True)
 register("torch-simulation", f"{_TORCH}:Simulation", "simulated quantization", quantized=True)
 
 

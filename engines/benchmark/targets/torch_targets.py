@@ -17,6 +17,7 @@ from ....errors import InputError
 from ..target import Inputs, Prepared, Runner, RunSettings
 
 if TYPE_CHECKING:  # what only the parent needs must not count as the worker's memory
+    from ...torch_engine.engine import TorchEngine
     from ..subject import Subject
 
 Call = Callable[..., Tensor]
@@ -82,13 +83,79 @@ class Eager:
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
         model = load_model(**prepared.settings, device=settings.device)
-        return TorchRunner(model.family, model.denoiser, settings, compiled=self.compiled)
+        denoiser = model.denoiser.to(self.dtype(settings))
+        return TorchRunner(model.family, denoiser, settings, compiled=self.compiled)
+
+    def dtype(self, settings: RunSettings) -> torch.dtype:
+        """What full precision is computed in."""
+        return torch.float32
+
+
+class EagerBFloat16(Eager):
+    """Full precision in bfloat16, eager."""
+
+    def dtype(self, settings: RunSettings) -> torch.dtype:
+        return torch.bfloat16
 
 
 class Compiled(Eager):
-    """Full precision under torch.compile; the warm-up compiles."""
+    """Full precision under torch.compile; the warm-up compiles.
+
+    In float32 on a CPU. On a GPU in bfloat16 and with CUDA graphs, as one deploys a model there.
+    """
 
     compiled = True
+
+    def dtype(self, settings: RunSettings) -> torch.dtype:
+        return torch.bfloat16 if settings.device.startswith("cuda") else torch.float32
+
+
+class Quantized:
+    """The quantized checkpoint on the CUDA kernels: the engine `torch`."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        checkpoint = subject.quantized_folder()
+        return Prepared(
+            {"checkpoint": str(checkpoint)}, QuantizedCheckpoint.read(checkpoint).byte_size
+        )
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        if not settings.device.startswith("cuda"):
+            raise InputError(
+                f"torch-quantized runs CUDA kernels, got --device {settings.device}; use a GPU, or "
+                "the target torch-simulation"
+            )
+        from ...torch_engine.engine import TorchEngine
+
+        engine = TorchEngine(Path(prepared.settings["checkpoint"]), device=settings.device)
+        return EngineRunner(engine, settings)
+
+
+class EngineRunner:
+    """The torch engine as a target."""
+
+    def __init__(self, engine: TorchEngine, settings: RunSettings) -> None:
+        self.device = settings.device
+        self.weight_bytes: int | None = engine.weight_bytes
+        self._engine = engine
+        self._inputs: list[Tensor] = []
+        self._output = torch.empty(0)
+
+    def bind(self, inputs: Inputs) -> None:
+        names = [spec.name for spec in self._engine.input_specs]
+        self._inputs = [torch.from_numpy(inputs[name]).to(self.device) for name in names]
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def run(self) -> None:
+        self._output = self._engine.run(*self._inputs)
+        torch.cuda.synchronize(self.device)
+
+    def output(self) -> np.ndarray:
+        output: np.ndarray = self._output.float().cpu().numpy()
+        return output
+
+    def device_memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 class Simulation:
