@@ -78,6 +78,7 @@ SCHEMES = {
     "w8 g128": LayerScheme(8, 8, 128, 128),
     "w4 g128": LayerScheme(4, 8, 128, 128),
     "w4 g32": LayerScheme(4, 8, 32, 32),
+    "w8 g32": LayerScheme(8, 8, 32, 32),
     "w4 g64": LayerScheme(4, 8, 64, 64),
     "w8 g96": LayerScheme(8, 8, 96, 96),
     "w4 g96": LayerScheme(4, 8, 96, 96),
