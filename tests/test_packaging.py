@@ -21,6 +21,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+CUDA_FILES = [
+    "linear.cuh",
+    "linear_sm80.cu",
+    "linear_sm90.cu",
+    "numbers.cuh",
+    "ptx.cuh",
+    "quantize.cu",
+    "weight_only.cu",
+]
 DATA_FILES = {
     "py.typed",
     "demo/README.md",
@@ -29,16 +38,18 @@ DATA_FILES = {
     "demo/scheduler/scheduler_config.json",
     "demo/transformer/config.json",
     "demo/transformer/diffusion_pytorch_model.safetensors",
+    *(f"engines/kernels/cuda/{file}" for file in CUDA_FILES),
+    "engines/kernels/tiles/sm_90a.json",
     "engines/report/report.css",
     "engines/report/report.html.j2",
 }
 OPTIONAL_MODULES = [
+    "cuda",
     "fastapi",
     "polygraphy",
     "prometheus_client",
     "ray",
     "tensorrt",
-    "triton",
     "uvicorn",
 ]
 FLOORS = ["calibrate", "export", "engines", "serve", "demo"]
@@ -145,6 +156,7 @@ def test_every_module_imports_without_the_optional_dependencies(repository: Path
 
 def test_every_extra_but_dev_is_among_the_refused_modules(project: dict[str, Any]) -> None:
     same_import = {"onnxruntime-gpu"}  # replaces onnxruntime under the same import name
+    other_import = {"cuda-bindings": "cuda"}
     extras = project["project"]["optional-dependencies"]
     names = {
         re.split(r"[\[<>=; ]", requirement)[0]
@@ -152,7 +164,8 @@ def test_every_extra_but_dev_is_among_the_refused_modules(project: dict[str, Any
         for requirement in requirements
         if extra != "dev"
     }
-    assert {name.replace("-", "_") for name in names - same_import} == set(OPTIONAL_MODULES)
+    modules = {other_import.get(name, name.replace("-", "_")) for name in names - same_import}
+    assert modules == set(OPTIONAL_MODULES)
 
 
 @pytest.mark.parametrize("floor", FLOORS)

@@ -325,8 +325,8 @@ class WeightOnlyKind:
         group = scheme.weight_group_size(in_features)
         if not scheme.quantizes_weights or group % STEP:
             raise InputError(
-                f"the weight-only kernel takes weight groups of multiples of {STEP}, "
-                f"got {scheme.label}"
+                f"the weight-only kernel takes quantized weights with groups of multiples of "
+                f"{STEP}, got {group} ({scheme.label})"
             )
         bits = 4 if scheme.weight_bits <= 4 else 8
         return cls(in_features, bits, group, not scheme.weight_symmetric)

@@ -114,10 +114,8 @@ class Quantized:
     """The quantized checkpoint on the CUDA kernels: the engine `torch`."""
 
     def prepare(self, subject: Subject, folder: Path) -> Prepared:
-        checkpoint = subject.quantized_folder()
-        return Prepared(
-            {"checkpoint": str(checkpoint)}, QuantizedCheckpoint.read(checkpoint).byte_size
-        )
+        # its size is what the engine holds, as for the other targets in PyTorch
+        return Prepared({"checkpoint": str(subject.quantized_folder())})
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
         if not settings.device.startswith("cuda"):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from qdit.calibrate.sources import load_model
 from qdit.engines.bench_job import check_scheme_flags, run_bench
@@ -104,9 +105,9 @@ def test_without_its_source_only_the_quantized_targets_of_a_folder_run(
         results = bench(str(exported), SchemeOptions(), ("torch", "qdq"), batches=(1,))
     finally:
         manifest.write_text(kept, "utf-8")
-    torch, qdq = results.rows
-    assert torch.error is not None
-    assert "'/gone/model', cannot be loaded: no model at '/gone/model'" in torch.error
+    eager, qdq = results.rows
+    assert eager.error is not None
+    assert "'/gone/model', cannot be loaded: no model at '/gone/model'" in eager.error
     assert qdq.error is None
 
 
@@ -153,3 +154,28 @@ def test_torch_compile_without_a_compiler_says_what_to_install(
     assert compiled.error is not None
     assert "install g++ or clang++" in compiled.error
     assert plain.error is None
+
+
+def test_bfloat16_is_the_model_in_three_digits() -> None:
+    results = bench(SMALL, SCHEME, ("torch", "torch-bf16"), blocks=1, batches=(2,))
+    full, half = results.rows
+    assert (full.error, half.error) == (None, None)
+    assert 1e-4 < (half.relative_difference_to_first or 0.0) < 2e-2
+    assert half.file_bytes == (full.file_bytes or 0) // 2
+
+
+def test_the_cuda_kernels_need_a_gpu() -> None:
+    results = bench(SMALL, SCHEME, ("torch", "torch-quantized"), blocks=1, batches=(1,))
+    assert results.rows[1].error is not None
+    assert "torch-quantized runs CUDA kernels, got --device cpu" in results.rows[1].error
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_cuda_kernels_are_the_simulation_on_a_gpu() -> None:
+    targets = ("torch-simulation", "torch-quantized")
+    results = bench(SMALL, SCHEME, targets, blocks=1, batches=(2,), device="cuda")
+    simulated, quantized = results.rows
+    assert quantized.error is None
+    assert (quantized.relative_difference_to_first or 1.0) < 5e-3
+    assert simulated.error is None

@@ -10,7 +10,7 @@ import pytest
 from qdit.engines.benchmark.registry import TARGETS, registrations
 from qdit.errors import InputError
 
-KNOWN = "fp32, qdq, qdq-packed, torch, torch-compile, torch-simulation"
+KNOWN = "fp32, qdq, qdq-packed, torch, torch-bf16, torch-compile, torch-quantized, torch-simulation"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""The torch engine on a GPU: graphs, and the kernels against their meaning on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from qdit.calibrate.schemes import LayerScheme
+from qdit.engines.torch_engine.engine import TorchEngine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+ADALN = {f"transformer_blocks.{i}.norm1.linear": LayerScheme(4, 16, 64) for i in range(2)}
+SCHEMES = {
+    "w4a8": LayerScheme(4, 8, 32, 64),
+    "w8a8": LayerScheme(8, 8, 64, 64),
+    "asymmetric": LayerScheme(4, 8, 32, 64, False, False),
+    "integer scales": LayerScheme(4, 8, 64, "token", scale_format="integer"),
+    "16/16": LayerScheme(16, 16),
+}
+
+
+def inputs_of(made: Any, batch: int) -> list[torch.Tensor]:
+    random = torch.Generator().manual_seed(batch)
+    return list(made.model.family.example_inputs(made.model.denoiser, batch, random))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_is_what_the_reference_computes(
+    name: str, dtype: Any, make_quantized: Callable[..., Any]
+) -> None:
+    layers = {} if name == "16/16" else ADALN
+    made = make_quantized(SCHEMES[name], layers, attention_head_dim=64)
+    on_cpu = TorchEngine(made.checkpoint, device="cpu", dtype=dtype)
+    on_gpu = TorchEngine(made.checkpoint, dtype=dtype)
+    assert on_gpu.weight_bytes == on_cpu.weight_bytes
+    for batch in (3, 1, 3):
+        inputs = inputs_of(made, batch)
+        expected = on_cpu.run(*inputs).float()
+        output = on_gpu.run(*(value.cuda() for value in inputs)).float().cpu()
+        distance = (output - expected).norm() / expected.norm()
+        assert distance < {"float16": 4e-3, "bfloat16": 3e-2}[dtype]
+
+
+def test_a_replayed_graph_is_the_eager_forward_to_the_bit(
+    make_quantized: Callable[..., Any],
+) -> None:
+    made = make_quantized(SCHEMES["w4a8"], ADALN, attention_head_dim=64)
+    eager = TorchEngine(made.checkpoint, graphs=False)
+    graphed = TorchEngine(made.checkpoint)
+    for batch in (2, 5, 2):
+        inputs = [value.cuda() for value in inputs_of(made, batch)]
+        assert torch.equal(graphed.run(*inputs), eager.run(*inputs))
