@@ -425,6 +425,66 @@ def _bench(
     return 0
 
 
+def _tune(
+    context: typer.Context,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="An exported folder, or a model such as random:DiT-XL/2. Nothing: the demo.",
+            show_default=False,
+        ),
+    ] = None,
+    bits: Bits = "w4a8",
+    group_size: GroupSize = "128",
+    activation_group_size: ActivationGroupSize = None,
+    symmetric: Symmetric = True,
+    weight_symmetric: WeightSymmetric = None,
+    activation_symmetric: ActivationSymmetric = None,
+    scale_dtype: ScaleDtype = "float16",
+    scale_format: ScaleFormat = "float",
+    plan: Plan = None,
+    batch: Annotated[
+        str, typer.Option(help="Images in one call of the denoiser, separated by commas.")
+    ] = "1,8,16,64",
+    device: Annotated[str, typer.Option(help="auto, cuda or cuda:N.")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Table to write. Default: this GPU's own in the cache, which the engine reads.",
+            show_default=False,
+        ),
+    ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> int:
+    """Time the CUDA kernels' tiles for a model on this GPU and keep the fastest.
+
+    The kernels run without this, on tiles that were measured on an H100 or that a rule chooses.
+    Results are the same to the bit whatever the tile.
+
+    Examples:
+
+      qdit-tune build/DiT-XL-2-256-w4a8 --batch 16,64
+
+      qdit-tune random:DiT-XL/2 --bits w8a8 --activation-group-size token
+    """
+    from .engines import tune_job
+
+    scheme = build_options(SchemeOptions, _settings(context, SchemeOptions, None))
+    with _terminal(verbose, quiet) as terminal:
+        tune_job.run_tune(
+            source,
+            scheme,
+            batches=_numbers(batch),
+            device=device,
+            output=output,
+            progress=terminal,
+        )
+    return 0
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -478,3 +538,4 @@ export_command = _command(_export, _EXPORT_EXAMPLES)
 validate_command = _command(_validate)
 inspect_command = _command(_inspect)
 bench_command = _command(_bench)
+tune_command = _command(_tune)

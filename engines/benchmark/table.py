@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from ..consoles import table_console
 from .results import BenchmarkResults, Row
 
 _ABSENT = "–"
 _FIGURES = ("median ms", "min … max", "runs", "images/s", "speed", "peak memory", "files")
-# Room for every column: in a pipe, where rich would take 80 columns and cut the figures off.
-_WIDTH = 120
 
 
 def print_results(results: BenchmarkResults) -> None:
     """Print table and failures to stdout, at full width where no terminal limits it."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
+    console = table_console()
     console.print(results_table(results))
     for line in failures(results):
         console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -107,13 +107,18 @@ def _tile_for(kind: LinearKind, rows: int, channels: int, gpu: TunedGpu) -> Tile
 
 def rule_of_thumb(kind: LinearKind, rows: int, channels: int, gpu: TunedGpu) -> Tile:
     """The tile of the least work in whole waves over all multiprocessors."""
+    return min(candidates(kind, gpu, turns=(0,)), key=by_rule(rows, channels, gpu))
+
+
+def by_rule(rows: int, channels: int, gpu: TunedGpu) -> Callable[[Tile], tuple[int, int]]:
+    """What the rule sorts tiles by, the best first."""
 
     def work(tile: Tile) -> tuple[int, int]:
         tiles = -(-rows // tile.tokens) * -(-channels // tile.channels)
         waves = -(-tiles // gpu.multiprocessors)
         return waves * (tile.tokens * tile.channels + _TILE_OVERHEAD), -tile.tokens
 
-    return min(candidates(kind, gpu, turns=(0,)), key=work)
+    return work
 
 
 def candidates(

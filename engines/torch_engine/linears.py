@@ -136,6 +136,14 @@ class Linears(nn.Module):
         return [part for part in self.parts if isinstance(part, Part)]
 
 
+def products_of(
+    specs: Sequence[LinearSpec], plan: QuantizationPlan
+) -> list[tuple[LayerScheme, list[LinearSpec]]]:
+    """Which linears of one input become one product: neighbours of one scheme."""
+    runs = groupby(specs, key=lambda spec: plan[spec.name])
+    return [(scheme, list(own)) for scheme, own in runs]
+
+
 class LinearBuilder:
     """Builds `Linears` from a checkpoint's plan, packed weights and 16-bit parameters."""
 
@@ -156,8 +164,7 @@ class LinearBuilder:
     def build(self, specs: Sequence[LinearSpec]) -> Linears:
         """Neighbours of one scheme become one product. Raises `InputError` for a layer that no
         kernel computes."""
-        runs = groupby(specs, key=lambda spec: self._plan[spec.name])
-        return Linears([self._part(list(own), scheme) for scheme, own in runs])
+        return Linears([self._part(own, scheme) for scheme, own in products_of(specs, self._plan)])
 
     def _part(self, specs: list[LinearSpec], scheme: LayerScheme) -> Part:
         bias = self._bias(specs)

@@ -18,6 +18,18 @@ from qdit.engines.kernels.weights import PackedWeight, pack_weight
 
 
 @dataclass(frozen=True)
+class FakeGpu:
+    """The facts of a GPU that is not there (`tuning.TunedGpu`)."""
+
+    name: str = "Test GPU 9000 80GB"
+    architecture: str = "sm_90a"
+    hopper: bool = True
+    shared_bytes: int = 227 << 10
+    multiprocessors: int = 132
+    index: int = 0
+
+
+@dataclass(frozen=True)
 class Problem:
     """One product: rows x [M, K], a quantized weight [N, K], a bias [N], and its scheme."""
 

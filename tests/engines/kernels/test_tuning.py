@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,21 +24,12 @@ from qdit.engines.kernels.tuning import (
 from qdit.engines.kernels.variants import LinearKind, Tile, tile_problem
 from qdit.errors import ArtifactError
 
-from .conftest import SCHEMES
+from .conftest import SCHEMES, FakeGpu
 
 KIND = LinearKind.of(SCHEMES["w4 g128"], 1152)
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str = "Test GPU 9000 80GB"
-    architecture: str = "sm_90a"
-    hopper: bool = True
-    shared_bytes: int = 227 << 10
-    multiprocessors: int = 132
-
-
-GPU = Gpu()
+GPU = FakeGpu()
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,172 @@
+"""Find the fastest tile of a product on the GPU at hand: what `qdit-tune` runs."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from ...calibrate.quantizers import quantize_weight_nearest
+from ...calibrate.schemes import LayerScheme
+from ...errors import StepError
+from ...progress import Progress, Silent
+from .driver import Gpu
+from .product import linear, linear_kernel
+from .rows import QuantizedRows, quantize_rows
+from .timing import copies_beyond_cache, graph_microseconds
+from .tuning import Shape, by_rule, candidates, kind_key, tile_for
+from .variants import LinearKind, QuantizeKind, Tile, tile_problem
+from .weights import PackedWeight, pack_weight
+
+# Microseconds of one product with a tile.
+Timer = Callable[["Product", Tile], float]
+
+_SHORTLIST = 24  # of the tiles that the rule likes best
+_FINALISTS = 4  # whose other forms (turns, fewer stages) are tried as well
+_SPREAD = 0.01  # a tile must be faster by this to be preferred
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product to tune: M `rows` of `width` K times `channels` N, quantized by a scheme."""
+
+    scheme: LayerScheme
+    width: int
+    channels: int
+    rows: int
+
+    @property
+    def kind(self) -> LinearKind:
+        return LinearKind.of(self.scheme, self.width)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(kind_key(self.kind), self.rows, self.channels)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest tile, and the one that was chosen before, both in microseconds."""
+
+    product: Product
+    tile: Tile
+    microseconds: float
+    before: Tile
+    before_microseconds: float
+    tried: int
+
+
+def tune(
+    products: Sequence[Product],
+    gpu: Gpu,
+    *,
+    timer: Timer | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Tuned]:
+    """Each product's fastest tile, as they are found.
+
+    Tiles that the rule likes best are timed first, then other forms of the fastest. `timer` is
+    `GraphTimer(gpu)` by default. A tile that fails to run is passed over; a product where every
+    one does raises `StepError` with the last cause.
+    """
+    shown = progress or Silent()
+    timing = timer or GraphTimer(gpu)
+    distinct = list(dict.fromkeys(products))
+    if timer is None:
+        _compile_all(distinct, gpu, shown)
+    for product in shown.track(distinct, "timing tiles", len(distinct)):
+        yield _tune_one(product, gpu, timing)
+
+
+def _tune_one(product: Product, gpu: Gpu, timer: Timer) -> Tuned:
+    times: dict[Tile, float] = {}
+    failure: Exception | None = None
+
+    def measure(tiles: Sequence[Tile]) -> None:
+        nonlocal failure
+        for tile in tiles:
+            if tile in times:
+                continue
+            try:
+                times[tile] = timer(product, tile)
+            except StepError as error:
+                failure = error
+
+    before = tile_for(product.kind, product.rows, product.channels, gpu)
+    measure([before, *shortlist(product, gpu)])
+    finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
+    measure([form for tile in finalists for form in other_forms(product.kind, tile, gpu)])
+    if not times:
+        raise StepError(f"no tile of {product.shape} runs") from failure
+    best = min(times, key=times.__getitem__)
+    held = times.get(before, float("inf"))
+    if held <= times[best] * (1 + _SPREAD):
+        best = before
+    return Tuned(product, best, times[best], before, held, len(times))
+
+
+def shortlist(product: Product, gpu: Gpu) -> list[Tile]:
+    """The tiles worth timing first."""
+    work = by_rule(product.rows, product.channels, gpu)
+    return sorted(candidates(product.kind, gpu, turns=(0,)), key=work)[:_SHORTLIST]
+
+
+def other_forms(kind: LinearKind, tile: Tile, gpu: Gpu) -> list[Tile]:
+    """The same cut in turns, pipelined, and with fewer stages."""
+    forms = [
+        replace(tile, turns=1),
+        replace(tile, turns=2),
+        replace(tile, turns=0, pipelined=True),
+        replace(tile, stages=max(2, tile.stages - 1)),
+    ]
+    return [form for form in forms if form != tile and tile_problem(kind, form, gpu) is None]
+
+
+def _compile_all(products: Sequence[Product], gpu: Gpu, progress: Progress) -> None:
+    """Compile what will surely be timed, on all cores: NVRTC takes most of the time."""
+    jobs = list(dict.fromkeys((p.kind, tile) for p in products for tile in shortlist(p, gpu)))
+
+    def compile_one(job: tuple[LinearKind, Tile]) -> None:
+        linear_kernel(*job, gpu, gated=False, dtype=torch.float16)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in progress.track(pool.map(compile_one, jobs), "compiling tiles", len(jobs)):
+            pass
+
+
+class GraphTimer:
+    """Times products on random operands; those of the last product are kept."""
+
+    def __init__(self, gpu: Gpu, repeats: int = 5) -> None:
+        self._device = torch.device("cuda", gpu.index)
+        self._repeats = repeats
+        self._operands: dict[Product, tuple[list[QuantizedRows], PackedWeight]] = {}
+
+    def __call__(self, product: Product, tile: Tile) -> float:
+        """Median microseconds. Raises `StepError` where the driver refuses the launch."""
+        if product not in self._operands:
+            self._operands = {product: random_operands(product, self._device)}
+        rows, weight = self._operands[product]
+        calls = [partial(linear, own, weight, product.kind, tile=tile) for own in rows]
+        with torch.cuda.device(self._device):
+            return statistics.median(graph_microseconds(calls, self._repeats))
+
+
+def random_operands(
+    product: Product, device: torch.device
+) -> tuple[list[QuantizedRows], PackedWeight]:
+    """Normal numbers, quantized: several sets of rows, so that none is found in a cache."""
+    kind = QuantizeKind.of(product.scheme, product.width)
+    copies = copies_beyond_cache(product.rows * product.width)
+    rows = [
+        quantize_rows(torch.randn(product.rows, product.width, device=device).half(), kind)
+        for _ in range(copies)
+    ]
+    weight = torch.randn(product.channels, product.width, device=device) * 0.05
+    quantized = quantize_weight_nearest(weight, product.scheme)
+    return rows, pack_weight([quantized], product.scheme, product.kind)
