@@ -11,7 +11,13 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .engines.options import ExportOptions, ProofOptions, SchemeOptions, build_options, read_config
+from .engines.options import (
+    ExportOptions,
+    SchemeOptions,
+    ValidateOptions,
+    build_options,
+    read_config,
+)
 from .errors import InputError, QditError
 from .progress import Terminal
 
@@ -299,6 +305,12 @@ def _export(
 def _validate(
     context: typer.Context,
     folder: Annotated[Path, typer.Argument(help="A folder that qdit-export wrote.")],
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What is proven: onnxruntime (model.onnx on the CPU) or torch (the CUDA kernels)."
+        ),
+    ] = "onnxruntime",
     num_inference_steps: Steps = 20,
     guidance_scale: Guidance = 1.5,
     scheduler: Scheduler = None,
@@ -324,10 +336,12 @@ def _validate(
     Example:
 
       qdit-validate build/demo-w4a8 --fid-samples 256 --seed 1
+
+      qdit-validate build/demo-w4a8 --engine torch --device cuda --fid-samples 10000
     """
     from .engines import validate_job
 
-    options = build_options(ProofOptions, _settings(context, ProofOptions, config))
+    options = build_options(ValidateOptions, _settings(context, ValidateOptions, config))
     with _terminal(verbose, quiet) as terminal:
         passed = validate_job.run_validate(folder, options, model, command_line(), terminal)
     return 0 if passed else GATE_FAILED

@@ -29,12 +29,11 @@ from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .full_precision import FullPrecision
 from .options import ExportOptions
-from .proof_job import ProofJob, prove_and_report
+from .proof_engine import OnnxRuntimeProof
+from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SearchEntry
 from .search.job import SearchJob, check_search, find_plan, forget_search
 from .workspace import Workspace
-
-ONNX_NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,12 @@ def run_export(options: ExportOptions, command: str, progress: Progress) -> bool
     proof = ProofJob(
         full,
         made.checkpoint,
-        made.path,
-        options.dtype,
+        OnnxRuntimeProof(
+            made.path,
+            options.dtype,
+            threads=options.threads,
+            fold_weights=not made.checkpoint.is_large,
+        ),
         options,
         made.workspace,
         made.batch_size,

@@ -130,6 +130,12 @@ class ProofOptions(Options):
         )
 
 
+class ValidateOptions(ProofOptions):
+    """The flags of a proof of an exported folder. `engine` is the one that is proven."""
+
+    engine: Literal["onnxruntime", "torch"] = "onnxruntime"
+
+
 class SearchOptions(Options):
     """The flags of the granularity search. `search` None means 'sensitivity' where a budget or a
     front is asked for, and 'none' elsewhere."""

@@ -8,11 +8,10 @@ linears beside the engine's sessions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from numpy.typing import NDArray
@@ -31,7 +30,6 @@ from .parity_internals import (
     block_errors,
     block_outputs,
     engine_blocks,
-    exposed_values,
     linear_errors,
 )
 from .parity_measure import Comparison
@@ -43,6 +41,7 @@ from .parity_timesteps import (
     run_steps,
     timestep_errors,
 )
+from .proof_engine import ProofEngine
 
 # Steps on which the float64 (or float16) simulation runs too: it is the slowest of all.
 BOUND_STEPS = 5
@@ -50,18 +49,6 @@ BOUND_STEPS = 5
 # its two distances would be those of a handful of flips. A small model gets more inputs.
 _FEWEST_ACTIVATIONS = 5e6
 _MOST_EXTRA_IMAGES = 2048
-
-
-class InferenceEngine(Protocol):
-    """What parity asks of an engine (`engines/engine.py`)."""
-
-    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
-
-    def close(self) -> None: ...
-
-
-# (file, extra outputs) → an engine for it
-OpenEngine = Callable[[Path, Sequence[str]], InferenceEngine]
 
 
 @dataclass(frozen=True)
@@ -100,50 +87,46 @@ class _Outputs:
 def measure_parity(
     model: DiffusionModel,
     checkpoint: QuantizedCheckpoint,
-    exported: Path,
+    engine: ProofEngine,
     steps: Sequence[Step],
-    open_engine: OpenEngine,
     *,
-    dtype: str = "float32",
     after_full_precision: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> DenoiserParity:
     """Compare the three on `steps` (from `record_trajectories`).
 
-    `dtype` is what the exported file computes in. Torch runs on the model's device.
+    Torch runs on the model's device.
     `after_full_precision` is called once `model` has run for the last time: from then on only its
     shapes are used. Raises `StepError` when the engine cannot be opened or run.
     """
-    comparison = _Parity(model, checkpoint, list(steps), dtype, progress or Silent())
+    comparison = _Parity(model, checkpoint, list(steps), engine.dtype, progress or Silent())
     with plain_float32():
         full = comparison.torch_outputs(model.denoiser, "full precision", comparison.steps)
         after_full_precision()
-        return _measure(comparison, full, exported, open_engine)
+        return _measure(comparison, full, engine)
 
 
-def _measure(
-    comparison: _Parity, full: _Outputs, exported: Path, open_engine: OpenEngine
-) -> DenoiserParity:
+def _measure(comparison: _Parity, full: _Outputs, engine: ProofEngine) -> DenoiserParity:
     model, checkpoint, dtype = comparison.model, comparison.checkpoint, comparison.dtype
     comparison.add_inputs(tokens=full.blocks[0].shape[1])
     other = comparison.other_simulation()
     release_memory()
     simulation = checkpoint.build_denoiser(model.device, torch.float32)
     simulated = comparison.torch_outputs(simulation, "simulation", comparison.inputs)
-    values = exposed_values(exported)
+    values = engine.exposed()
     try:
-        arrays, engine = comparison.engine_outputs(exported, values, open_engine)
+        arrays, made = comparison.engine_outputs(engine, values)
     except QditError:
         raise
     except Exception as error:  # whatever the runtime raises
-        raise StepError(f"{exported} failed to run while comparing it: {error}") from error
+        raise StepError(f"{engine.what} failed to run while comparing it: {error}") from error
     bounded, count = comparison.bounded, len(comparison.steps)
-    on_steps = simulated.noise[:count], engine[:count]
+    on_steps = simulated.noise[:count], made[:count]
     return DenoiserParity(
         simulation=compare_outputs(on_steps[0], full.noise),
         engine=compare_outputs(on_steps[1], on_steps[0]),
         bound=denoiser_bound(
-            [engine[i] for i in bounded], [simulated.noise[i] for i in bounded], other, dtype
+            [made[i] for i in bounded], [simulated.noise[i] for i in bounded], other, dtype
         ),
         linears=linear_errors(simulation, model.family, values, arrays, dtype),
         blocks=block_errors(full.blocks, simulated.blocks, engine_blocks(values, arrays)),
@@ -220,30 +203,30 @@ class _Parity:
         return self._run(denoiser, chosen, f"parity: simulation in {name}")
 
     def engine_outputs(
-        self, exported: Path, values: ExposedValues, open_engine: OpenEngine
+        self, engine: ProofEngine, values: ExposedValues
     ) -> tuple[dict[str, NDArray[Any]], list[Tensor]]:
         """The inner values at the middle step, and the noise for every input.
 
         The two come from two sessions: exposing inner values can change what a runtime fuses, and
-        the noise must be that of the file as it is deployed.
+        the noise must be that of the engine as it is deployed.
         """
         family, denoiser = self.model.family, self.model.denoiser
         names = tuple(spec.name for spec in family.inputs(denoiser))
-        inner = open_engine(exported, values.names)
+        inner = engine.open(values.names)
         try:
             arrays = inner.infer(self.middle.arrays(names))
         finally:
             inner.close()
         release_memory()
         noise = []
-        engine = open_engine(exported, ())
+        deployed = engine.open()
         try:
             tracked = self.progress.track(self.inputs, "parity: engine", total=len(self.inputs))
             for step in tracked:
-                raw = engine.infer(step.arrays(names))[family.output_name]
+                raw = deployed.infer(step.arrays(names))[family.output_name]
                 noise.append(family.noise_prediction(denoiser, torch.from_numpy(raw)))
         finally:
-            engine.close()
+            deployed.close()
         return arrays, noise
 
     def _run(self, denoiser: nn.Module, steps: Sequence[Step], description: str) -> list[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,15 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class ExposedValues:
-    """Names in an exported file: input and output of each linear, and each block's output."""
+    """Names of an engine's values: input and output of each linear, and each block's output.
+
+    quantized_inputs: the inputs are what the products multiplied, already quantized, and not what
+    came before.
+    """
 
     linears: dict[str, tuple[str, str]]
     blocks: tuple[str, ...]
+    quantized_inputs: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,11 +105,18 @@ def linear_errors(
         module = simulation.get_submodule(spec.name)
         if not isinstance(module, QuantizedLinear) or spec.name not in values.linears:
             continue
+        if values.quantized_inputs:
+            module = _without_quantizing_inputs(module)
         given, made = (torch.from_numpy(arrays[name]) for name in values.linears[spec.name])
         expected = module(given.to(module.weight))
         own = None if dtype == "float32" else _float16_error(module, given, expected)
         errors.append(LinearError(spec.name, spec.role, spec.block, compare(made, expected), own))
     return errors
+
+
+def _without_quantizing_inputs(module: QuantizedLinear) -> QuantizedLinear:
+    scheme = replace(module.scheme, activation_bits=16)
+    return QuantizedLinear(scheme, module.quantized, module.bias, module.weight.dtype)
 
 
 def _float16_error(module: QuantizedLinear, given: Tensor, expected: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,17 +12,18 @@ from ..calibrate.fid import FidDifference, fid_difference
 from ..calibrate.model import DiffusionModel
 from ..files import sha256_of_file, write_json
 from ..progress import Progress
+from .engine import ENGINE_TITLES
 from .estimate import choose_fid_samples, measure_forward
 from .fid_files import FidFiles, load_fid_files
 from .full_precision import FullPrecision
 from .gate import Gate, Limits, judge
 from .machine import describe_machine
-from .onnxruntime_engine import OnnxRuntimeEngine
 from .options import ProofOptions
 from .paired_images import PairedImages, read_pairs, sample_pairs
 from .parity import DenoiserParity, measure_parity
 from .parity_images import image_parity
 from .parity_inputs import record_trajectories
+from .proof_engine import ProofEngine
 from .report.build import Proof, build_report
 from .report.search_schema import SearchEntry
 from .report.write import write_report
@@ -32,19 +32,19 @@ from .workspace import Workspace
 _MOST_PARITY_IMAGES = 2
 _PARITY_SECONDS = 20.0
 _SPEED_FILE = "speed.json"
+ONNX_NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
 class ProofJob:
-    """What the steps of a proof share. `full` is full precision, `exported` the file it became.
+    """What the steps of a proof share: `full` precision, and the `engine` that it became.
 
     `search` is how the plan was found, for the report; None where it was given.
     """
 
     full: FullPrecision
     checkpoint: QuantizedCheckpoint
-    exported: Path
-    dtype: str
+    engine: ProofEngine
     options: ProofOptions
     workspace: Workspace
     batch_size: int
@@ -55,18 +55,6 @@ class ProofJob:
     def model(self) -> DiffusionModel:
         """Full precision; its weights are away between parity and images (`FullPrecision`)."""
         return self.full.model
-
-    def open_engine(self, path: Path, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
-        """The engine that is compared and that makes images on a CPU.
-
-        The weights of a large model stay packed: slower, at half the memory (docs/targets.md).
-        """
-        return OnnxRuntimeEngine(
-            path,
-            threads=self.options.threads,
-            extra_outputs=tuple(extra_outputs),
-            fold_weights=not self.checkpoint.is_large,
-        )
 
 
 def prove_and_report(job: ProofJob, command: str) -> bool:
@@ -99,6 +87,7 @@ def prove_and_report(job: ProofJob, command: str) -> bool:
         fid,
         limits,
         gate,
+        engine=job.engine.name,
         images_engine=_image_engine(job),
         features=_name(fid_files.features_path),
         reference=_name(fid_files.reference_path),
@@ -130,10 +119,8 @@ def _parity(job: ProofJob, seconds: float) -> DenoiserParity:
     return measure_parity(
         job.model,
         job.checkpoint,
-        job.exported,
+        job.engine,
         steps,
-        job.open_engine,
-        dtype=job.dtype,
         after_full_precision=job.full.put_away,
         progress=job.progress,
     )
@@ -153,7 +140,7 @@ def _images(job: ProofJob, fid_files: FidFiles, seconds: float) -> tuple[PairedI
         "count": count,
         "batch": job.batch_size,
         "engine": _image_engine(job),
-        "file": sha256_of_file(job.exported),
+        **job.engine.identity(),
         "features": _digest(fid_files.features_path),
     }
 
@@ -180,16 +167,16 @@ def _decodable(model: DiffusionModel) -> bool:
 
 
 def _image_engine(job: ProofJob) -> str:
-    """On a CPU the deployed file makes the images; on a GPU its simulation does, far faster."""
-    return "onnxruntime" if job.model.device.type == "cpu" else "simulation"
+    """The engine makes the images; on a GPU the simulation does for one that runs on the CPU."""
+    alone = job.model.device.type == "cpu" or job.engine.on_gpu
+    return job.engine.name if alone else "simulation"
 
 
 def _quantized_denoiser(job: ProofJob) -> Denoiser:
     if _image_engine(job) == "simulation":
         simulation = job.checkpoint.build_denoiser(job.model.device)
         return job.model.as_denoiser(simulation)
-    engine = job.open_engine(job.exported)
-    return engine.as_denoiser(job.model.family, job.model.config)
+    return job.engine.open().as_denoiser(job.model.family, job.model.config)
 
 
 def _fid(images: PairedImages | None, files: FidFiles, job: ProofJob) -> FidDifference | None:
@@ -208,7 +195,7 @@ def _fid(images: PairedImages | None, files: FidFiles, job: ProofJob) -> FidDiff
 
 def _write(job: ProofJob, proof: Proof, images: PairedImages | None, command: str) -> None:
     output = job.workspace.output
-    names = ["qdit.json", "weights.safetensors", job.exported.name, f"{job.exported.name}.data"]
+    names = ["qdit.json", "weights.safetensors", ONNX_NAME, f"{ONNX_NAME}.data"]
     files = [output / name for name in names if (output / name).is_file()]
     report = build_report(
         job.model,
@@ -239,10 +226,10 @@ def _captions(model: DiffusionModel, count: int) -> list[str]:
 
 
 def _say(job: ProofJob, proof: Proof) -> None:
-    say = job.progress.say
+    say, title = job.progress.say, ENGINE_TITLES[job.engine.name]
     say(
         f"parity: simulation {proof.parity.simulation.relative_error:.3g} from full precision; "
-        f"ONNX Runtime {proof.parity.engine.relative_error:.2g} from the simulation"
+        f"{title} {proof.parity.engine.relative_error:.2g} from the simulation"
     )
     if proof.images is not None:
         psnr = "identical" if proof.images.psnr_db is None else f"{proof.images.psnr_db:.2f} dB"

@@ -14,27 +14,25 @@ from ..errors import ArtifactError, InputError
 from ..export.lower import DTYPE_KEY
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
-from .export_job import ONNX_NAME
 from .full_precision import FullPrecision
-from .options import ProofOptions
-from .proof_job import ProofJob, prove_and_report
+from .options import ValidateOptions
+from .proof_engine import OnnxRuntimeProof, ProofEngine, TorchProof
+from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .workspace import Workspace
 
 
 def run_validate(
-    folder: Path, options: ProofOptions, model: str | None, command: str, progress: Progress
+    folder: Path, options: ValidateOptions, model: str | None, command: str, progress: Progress
 ) -> bool:
     """Prove `folder`; True when the gate passed. `model` overrides where full precision lies."""
     checkpoint = QuantizedCheckpoint.read(folder)
-    exported = folder / ONNX_NAME
-    if not exported.is_file():
-        raise InputError(f"{folder} holds no {ONNX_NAME}; export it again with qdit-export")
+    device = resolve_device(options.device)
+    engine = _engine(folder, checkpoint, options, device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
     source = checkpoint.source
-    device = resolve_device(options.device)
     full = FullPrecision(
         partial(load_model, model or source.location, device=device, seed=source.seed or 0)
     )
@@ -48,8 +46,7 @@ def run_validate(
     job = ProofJob(
         full,
         checkpoint,
-        exported,
-        _compute_dtype(exported),
+        engine,
         options,
         Workspace(folder),
         options.batch_size or default_batch_size(device),
@@ -57,6 +54,27 @@ def run_validate(
         search=search,
     )
     return prove_and_report(job, command)
+
+
+def _engine(
+    folder: Path, checkpoint: QuantizedCheckpoint, options: ValidateOptions, device: str
+) -> ProofEngine:
+    if options.engine == "torch":
+        if not device.startswith("cuda"):
+            raise InputError(
+                f"--engine torch runs CUDA kernels, got --device {device}; use a GPU, or leave "
+                "--engine out"
+            )
+        return TorchProof(checkpoint, device)
+    exported = folder / ONNX_NAME
+    if not exported.is_file():
+        raise InputError(f"{folder} holds no {ONNX_NAME}; export it again with qdit-export")
+    return OnnxRuntimeProof(
+        exported,
+        _compute_dtype(exported),
+        threads=options.threads,
+        fold_weights=not checkpoint.is_large,
+    )
 
 
 def _compute_dtype(exported: Path) -> str:

@@ -103,7 +103,7 @@ def test_the_report_has_the_keys_that_outside_checks_read(exported: Path) -> Non
     assert report["sizes"]["full_precision_fp16_bytes"] > report["sizes"]["quantized_bytes"] / 2
     assert parity["passed"] is True
     assert 0 < parity["simulation_vs_full_precision"]["relative_error"] < 1
-    assert 0 <= parity["onnxruntime_vs_simulation"]["relative_error"] < 0.05
+    assert 0 <= parity["engine_vs_simulation"]["relative_error"] < 0.05
     assert parity["images"]["psnr_db"] > 0
     fid = parity["fid"]
     assert fid["samples"] == 6

@@ -50,7 +50,8 @@ from .search_schema import SearchEntry
 class Proof:
     """The figures of one proof and the gate's verdict on them.
 
-    images_engine: what made the quantized images, 'onnxruntime' or 'simulation';
+    engine: the one that was proven, a key of `ENGINE_TITLES`;
+    images_engine: what made the quantized images, that engine or 'simulation';
     features / reference: the files that FID was measured with, for the record.
     """
 
@@ -59,6 +60,7 @@ class Proof:
     fid: FidDifference | None
     limits: Limits
     gate: Gate
+    engine: str = "onnxruntime"
     images_engine: str = "onnxruntime"
     features: str = ""
     reference: str = ""
@@ -189,7 +191,8 @@ def _parity(proof: Proof) -> ParityEntry:
         images_compared=parity.images,
         steps_compared=len(parity.timesteps),
         simulation_vs_full_precision=ComparisonEntry(**_comparison(parity.simulation)),
-        onnxruntime_vs_simulation=EngineComparisonEntry(
+        engine=proof.engine,
+        engine_vs_simulation=EngineComparisonEntry(
             **_comparison(parity.engine), bound=_bound(parity.bound)
         ),
         linears=tuple(
@@ -273,7 +276,7 @@ def _bound(bound: DenoiserBound) -> BoundEntry:
 def _pair(simulation: Comparison, engine: Comparison | None) -> dict[str, float | None]:
     return {
         "simulation_vs_full_precision": finite(simulation.relative_error),
-        "onnxruntime_vs_simulation": None if engine is None else finite(engine.relative_error),
+        "engine_vs_simulation": None if engine is None else finite(engine.relative_error),
     }
 
 

@@ -10,6 +10,7 @@ from importlib import resources
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from ..engine import ENGINE_TITLES
 from . import numbers
 from .grid import DIFFERENCE_GAIN, Pixels, Samples, encode
 from .integer_scales import integer_scales_plot, integer_scales_text
@@ -71,6 +72,7 @@ def render(report: Report, samples: Samples | None) -> str:
             for name, p in _plots(report).items()
         },
         tiles=tiles(report),
+        engine_title=_title(report.parity.engine),
         rows=[] if samples is None else sample_rows(samples, report.plan.bits),
         captions=() if samples is None else samples.captions,
         check_names=_CHECKS,
@@ -123,11 +125,11 @@ def tiles(report: Report) -> list[Tile]:
                 f"{numbers.count(fid.samples)} image pairs",
             )
         )
-    engine = parity.onnxruntime_vs_simulation
+    engine = parity.engine_vs_simulation
     narrow, wide = engine.bound.own_dtypes
     found.append(
         Tile(
-            "ONNX Runtime vs simulation",
+            f"{_title(parity.engine)} vs simulation",
             numbers.error(engine.relative_error),
             f"relative error of the predicted noise: {numbers.plain(engine.bound.ratio)} times the "
             f"simulation's own distance between {narrow} and {wide}; at most "
@@ -135,6 +137,11 @@ def tiles(report: Report) -> list[Tile]:
         )
     )
     return found
+
+
+def _title(engine: str) -> str:
+    title = ENGINE_TITLES.get(engine, engine)
+    return title[0].upper() + title[1:]
 
 
 def _image_tile(report: Report) -> Tile:

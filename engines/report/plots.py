@@ -10,7 +10,7 @@ from .schema import PairEntry, Report
 from .svg import ALARM, FIRST, GRID, INK, MUTED, PAPER, SECOND, THIRD, Picture, picture
 
 _SIMULATION = "simulation vs full precision"
-_ENGINE = "ONNX Runtime vs simulation"
+_ENGINE = "engine vs simulation"
 # Rows beyond this many are too many for a number in each cell.
 MOST_LABELLED_BLOCKS = 14
 
@@ -208,7 +208,7 @@ def _pair_lines(axes: Any, positions: Sequence[float], entries: Sequence[PairEnt
     marker = "o" if len(entries) <= 30 else ""
     for key, label, color in (
         ("simulation_vs_full_precision", _SIMULATION, FIRST),
-        ("onnxruntime_vs_simulation", _ENGINE, SECOND),
+        ("engine_vs_simulation", _ENGINE, SECOND),
     ):
         values = [getattr(entry, key) or float("nan") for entry in entries]
         if any(value == value for value in values):
@@ -304,7 +304,7 @@ def _range_text(entries: Sequence[PairEntry]) -> str:
     texts = []
     for key, label in (
         ("simulation_vs_full_precision", _SIMULATION),
-        ("onnxruntime_vs_simulation", _ENGINE),
+        ("engine_vs_simulation", _ENGINE),
     ):
         values = [value for entry in entries if (value := getattr(entry, key)) is not None]
         if values:

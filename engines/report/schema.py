@@ -16,7 +16,7 @@ from ...files import write_json
 from .entry import Entry, first_problem
 from .search_schema import SearchEntry
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 NAME = "report.json"
 
 Error = float | None  # a relative error; null when it is not finite
@@ -163,13 +163,13 @@ class BoundEntry(Entry):
 
 
 class EngineComparisonEntry(ComparisonEntry):
-    """ONNX Runtime against the simulation, with the bound it was held to."""
+    """The engine against the simulation, with the bound it was held to."""
 
     bound: BoundEntry
 
 
 class LinearEntry(Entry):
-    """One quantized linear in ONNX Runtime and in simulation, fed the same input."""
+    """One quantized linear in the engine and in simulation, fed the same input."""
 
     name: str
     relative_error: Error
@@ -181,7 +181,7 @@ class PairEntry(Entry):
     """Relative errors of both steps on the way from full precision to the exported file."""
 
     simulation_vs_full_precision: Error
-    onnxruntime_vs_simulation: Error
+    engine_vs_simulation: Error
 
 
 class BlockEntry(PairEntry):
@@ -199,7 +199,7 @@ class TimestepEntry(PairEntry):
 class ImagesEntry(Entry):
     """Image pairs from the same noise. PSNR in dB with peak 2; null where infinite or undefined.
 
-    `engine` is what made the quantized images: 'onnxruntime' or 'simulation'.
+    `engine` is what made the quantized images: the one that was proven, or 'simulation'.
     """
 
     engine: str
@@ -244,7 +244,8 @@ class CheckEntry(Entry):
 class ParityEntry(Entry):
     """All paired figures, and the gate's verdict on them.
 
-    `images_compared` and `steps_compared` say on how many inputs the denoisers were compared.
+    `engine` is the one that was proven, 'onnxruntime' or 'torch'. `images_compared` and
+    `steps_compared` say on how many inputs the denoisers were compared.
     """
 
     passed: bool
@@ -255,7 +256,8 @@ class ParityEntry(Entry):
     images_compared: int
     steps_compared: int
     simulation_vs_full_precision: ComparisonEntry
-    onnxruntime_vs_simulation: EngineComparisonEntry
+    engine: str
+    engine_vs_simulation: EngineComparisonEntry
     linears: tuple[LinearEntry, ...]
     blocks: tuple[BlockEntry, ...]
     timesteps: tuple[TimestepEntry, ...]
@@ -271,7 +273,7 @@ class Report(Entry):
     has any.
     """
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created: str
     command: str
     model: ModelEntry

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from ...calibrate.graphed import GraphedForward
 from ...errors import InputError
 from ..engine import Arrays, TensorSpec, check_inputs
 from .dit import FusedDiT
+from .exposed import recorded
 from .linears import LinearBuilder
 
 ComputeDtype = Literal["float16", "bfloat16"]
@@ -28,6 +30,8 @@ class TorchEngine:
     * `dtype`: of everything that is not an integer: float16, or bfloat16 for models whose values
       overflow float16.
     * `graphs`: capture the forward once for each batch size as a CUDA graph (CUDA only).
+    * `extra_outputs`: inner values that `infer` returns as well (`exposed.exposed_values_of`);
+      with them every forward runs without a graph, and each gated product twice.
 
     Raises `InputError` for a family or a linear that the kernels do not compute.
     """
@@ -39,6 +43,7 @@ class TorchEngine:
         device: str | torch.device = "cuda",
         dtype: ComputeDtype = "float16",
         graphs: bool = True,
+        extra_outputs: Sequence[str] = (),
     ) -> None:
         if dtype not in get_args(ComputeDtype):
             choices = " or ".join(get_args(ComputeDtype))
@@ -70,7 +75,8 @@ class TorchEngine:
         )
         self._outline = skeleton
         self._call: Any = self.module
-        if graphs and self.device.type == "cuda":
+        self._extra = tuple(extra_outputs)
+        if graphs and not self._extra and self.device.type == "cuda":
             self._call = GraphedForward(lambda *inputs: (self._open()(*inputs),), lambda: None)
 
     @property
@@ -97,10 +103,15 @@ class TorchEngine:
         return output
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
-        """All outputs by name, float32. Raises `InputError` for inputs that do not fit."""
+        """All outputs by name, float32, extra ones last. Raises `InputError` for inputs that do
+        not fit, and for extra outputs that there are not."""
         check_inputs(self._inputs, inputs)
         given = [torch.from_numpy(inputs[spec.name]).to(self.device) for spec in self._inputs]
-        return {self.family.output_name: self.run(*given).float().cpu().numpy()}
+        if not self._extra:
+            return {self.family.output_name: self.run(*given).float().cpu().numpy()}
+        with recorded(self._open(), self._extra) as found:
+            output = self.run(*given).float().cpu().numpy()
+        return {self.family.output_name: output} | {name: found[name] for name in self._extra}
 
     def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
         """This engine for the sampling loop: tensors in and out, in the dtype and device of x."""

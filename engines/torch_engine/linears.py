@@ -35,7 +35,7 @@ class Part(nn.Module):
         """Bytes of the packed weight; 0 where it is an ordinary buffer."""
         return 0
 
-    def run(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
         """The products, gated into a residual if one is given."""
         raise NotImplementedError
 
@@ -68,7 +68,7 @@ class IntegerPart(PackedPart):
         self.rows_kind = QuantizeKind.of(scheme, specs[0].in_features)
         super().__init__(specs, pack_weight(quantized, scheme, self.kind), bias)
 
-    def run(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
         rows = source.rows(self.rows_kind)
         return linear(rows, self.weight, self.kind, bias=self.bias, dtype=dtype, gate=gate)
 
@@ -86,7 +86,7 @@ class WeightOnlyPart(PackedPart):
         self.kind = WeightOnlyKind.of(scheme, specs[0].in_features)
         super().__init__(specs, pack_weight(quantized, scheme), bias)
 
-    def run(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
         return gated(weight_only_linear(source.value, self.weight, self.kind, self.bias), gate)
 
 
@@ -99,7 +99,7 @@ class PlainPart(Part):
         super().__init__(specs, bias)
         self.register_buffer("weight", weight, persistent=False)
 
-    def run(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
+    def forward(self, source: Source, gate: Gate | None, dtype: torch.dtype) -> Tensor:
         return gated(functional.linear(source.value, self.weight, self.bias), gate)
 
 
@@ -123,14 +123,15 @@ class Linears(nn.Module):
         """Each linear's output [M, N]: views of one tensor where linears share a product."""
         outputs: list[Tensor] = []
         for part in self._parts():
-            made = part.run(source, None, dtype)
+            made = part(source, None, dtype)
             outputs += made.split([spec.out_features for spec in part.specs], dim=1)
         return outputs
 
     def gate_into(self, source: Source, gate: Gate, dtype: torch.dtype) -> Tensor:
         """residual + gate · the one linear's output."""
         (part,) = self._parts()
-        return part.run(source, gate, dtype)
+        gated_sum: Tensor = part(source, gate, dtype)
+        return gated_sum
 
     def _parts(self) -> list[Part]:
         return [part for part in self.parts if isinstance(part, Part)]

@@ -18,6 +18,7 @@ from qdit.calibrate.quantizers import quantize_weight_nearest
 from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.full_precision import FullPrecision
 from qdit.engines.options import ProofOptions
+from qdit.engines.proof_engine import OnnxRuntimeProof
 from qdit.engines.proof_job import ProofJob, prove_and_report
 from qdit.engines.workspace import Workspace
 from qdit.errors import InputError
@@ -127,9 +128,8 @@ def proven(folder: Path, full: FullPrecision) -> dict[str, Any]:
     export_qdq(checkpoint, folder / "model.onnx")
     options = ProofOptions(num_inference_steps=2, guidance_scale=1.0, fid_samples=3)
     workspace = Workspace(folder)
-    job = ProofJob(
-        full, checkpoint, folder / "model.onnx", "float32", options, workspace, 2, Silent()
-    )
+    engine = OnnxRuntimeProof(folder / "model.onnx", "float32")
+    job = ProofJob(full, checkpoint, engine, options, workspace, 2, Silent())
     prove_and_report(job, "")
     parity: dict[str, Any] = json.loads((folder / "report.json").read_text())["parity"]
     return parity

@@ -25,6 +25,7 @@ from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.parity import DenoiserParity, measure_parity, plain_float32
 from qdit.engines.parity_inputs import Step, record_trajectories
 from qdit.engines.parity_internals import exposed_values
+from qdit.engines.proof_engine import OnnxRuntimeProof
 from qdit.errors import ArtifactError, StepError
 
 CONFIG = {
@@ -141,6 +142,19 @@ def _keeping(found: dict[str, np.ndarray], index: int) -> Callable[..., None]:
     return keep
 
 
+class Stand(OnnxRuntimeProof):
+    """A file that opens as a stand-in."""
+
+    def __init__(
+        self, path: Path, make: Callable[[Sequence[str]], TorchEngine], dtype: str = "float32"
+    ) -> None:
+        super().__init__(path, dtype)
+        self._make = make
+
+    def open(self, extra_outputs: Sequence[str] = ()) -> Any:
+        return self._make(extra_outputs)
+
+
 def measured(
     model: DiffusionModel,
     checkpoint: QuantizedCheckpoint,
@@ -150,12 +164,11 @@ def measured(
 ) -> tuple[DenoiserParity, list[TorchEngine]]:
     engines: list[TorchEngine] = []
 
-    def open_engine(path: Path, extra: Sequence[str]) -> TorchEngine:
-        assert path == exported
+    def open_engine(extra: Sequence[str]) -> TorchEngine:
         engines.append(TorchEngine(model, checkpoint.build_denoiser(), extra, **errors))
         return engines[-1]
 
-    return measure_parity(model, checkpoint, exported, steps, open_engine), engines
+    return measure_parity(model, checkpoint, Stand(exported, open_engine), steps), engines
 
 
 @pytest.fixture(autouse=True)
@@ -268,15 +281,14 @@ def test_full_precision_runs_no_more_once_the_caller_was_told(
     calls: list[str] = []
     hook = model.denoiser.register_forward_pre_hook(lambda *_: calls.append("run"))
 
-    def open_engine(path: Path, extra: Sequence[str]) -> TorchEngine:
+    def open_engine(extra: Sequence[str]) -> TorchEngine:
         return TorchEngine(model, checkpoint.build_denoiser(), extra)
 
     measure_parity(
         model,
         checkpoint,
-        exported,
+        Stand(exported, open_engine),
         steps,
-        open_engine,
         after_full_precision=lambda: calls.append("told"),
     )
     hook.remove()
@@ -287,10 +299,11 @@ def test_full_precision_runs_no_more_once_the_caller_was_told(
 def test_a_float16_file_is_bound_by_the_float16_simulation(
     model: DiffusionModel, checkpoint: QuantizedCheckpoint, exported: Path, steps: list[Step]
 ) -> None:
-    def open_engine(path: Path, extra: Sequence[str]) -> TorchEngine:
+    def open_engine(extra: Sequence[str]) -> TorchEngine:
         return TorchEngine(model, checkpoint.build_denoiser(), extra)
 
-    parity = measure_parity(model, checkpoint, exported, steps[:2], open_engine, dtype="float16")
+    engine = Stand(exported, open_engine, "float16")
+    parity = measure_parity(model, checkpoint, engine, steps[:2])
     assert parity.bound.own_dtypes == ("float16", "float32")
     # one float16 rounding is 2^-11 of a value; a whole denoiser is a few of them
     assert 2**-12 < parity.bound.own.relative_error < 0.1
@@ -310,7 +323,7 @@ def test_an_engine_that_fails_is_named_and_closed(
 
     engine = Broken(model, model.denoiser, ())
     with pytest.raises(StepError, match=r"model\.onnx failed to run while comparing it: no kernel"):
-        measure_parity(model, checkpoint, exported, steps, lambda path, extra: engine)
+        measure_parity(model, checkpoint, Stand(exported, lambda _extra: engine), steps)
     assert engine.closed
 
 

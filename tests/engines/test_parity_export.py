@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +18,9 @@ from qdit.calibrate.quantizers import quantize_weight_nearest
 from qdit.calibrate.sampling import SamplingSettings
 from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.gate import Check, Limits, judge
-from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.parity import DenoiserParity, measure_parity
 from qdit.engines.parity_inputs import record_trajectories
+from qdit.engines.proof_engine import OnnxRuntimeProof
 from qdit.export.qdq import export_qdq
 
 CONFIG = {
@@ -67,15 +66,11 @@ def exported(
     return checkpoint, folder / "model.onnx"
 
 
-def open_engine(path: Path, extra: Sequence[str]) -> OnnxRuntimeEngine:
-    return OnnxRuntimeEngine(path, extra_outputs=tuple(extra))
-
-
 def measured(
     model: DiffusionModel, checkpoint: QuantizedCheckpoint, path: Path, dtype: Dtype
 ) -> DenoiserParity:
     steps = record_trajectories(model, SamplingSettings(4, 1.0, 0), 2)
-    return measure_parity(model, checkpoint, path, steps, open_engine, dtype=dtype)
+    return measure_parity(model, checkpoint, OnnxRuntimeProof(path, dtype), steps)
 
 
 def checks(parity: DenoiserParity) -> dict[str, Check]:

@@ -161,8 +161,8 @@ def test_figures_without_data_are_left_out(report: Report) -> None:
 
 def test_errors_of_zero_and_null_are_drawn_as_gaps(report: Report) -> None:
     pairs = [
-        {"timestep": 9, "simulation_vs_full_precision": 0.0, "onnxruntime_vs_simulation": None},
-        {"timestep": 0, "simulation_vs_full_precision": 0.1, "onnxruntime_vs_simulation": None},
+        {"timestep": 9, "simulation_vs_full_precision": 0.0, "engine_vs_simulation": None},
+        {"timestep": 0, "simulation_vs_full_precision": 0.1, "engine_vs_simulation": None},
     ]
     made = changed(report, parity={"timesteps": pairs})
     assert "ONNX Runtime" not in all_plots(made)["timesteps"].wide

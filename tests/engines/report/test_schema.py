@@ -28,7 +28,7 @@ PROMISED: dict[str, type | tuple[type, ...]] = {
     "sizes.quantized_bytes": int,
     "parity.passed": bool,
     "parity.simulation_vs_full_precision.relative_error": float,
-    "parity.onnxruntime_vs_simulation.relative_error": float,
+    "parity.engine_vs_simulation.relative_error": float,
     "parity.images.psnr_db": float,
     "parity.fid.full_precision": float,
     "parity.fid.quantized": float,
@@ -96,7 +96,7 @@ def test_a_report_reads_back_equal_and_writes_equal_bytes(written: Path, report:
     ("change", "message"),
     [
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
-        ({"schema_version": 2}, "schema_version: Input should be 1"),
+        ({"schema_version": 1}, "schema_version: Input should be 2"),
         ({"parity": {}}, "parity.passed: Field required"),
         ({"timings_s": {"onnx": "long"}}, "timings_s.onnx"),
     ],
@@ -112,7 +112,7 @@ def test_malformed_reports_are_refused_by_the_first_key(
 
 def test_other_files_and_missing_ones_are_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{")
-    with pytest.raises(ArtifactError, match="not a report of schema version 1: the file"):
+    with pytest.raises(ArtifactError, match="not a report of schema version 2: the file"):
         read_report(tmp_path / "report.json")
     with pytest.raises(InputError, match=r"no report at .*; run qdit-export or qdit-validate"):
         read_report(tmp_path / "nowhere.json")

@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from qdit.calibrate.sampling import SamplingSettings
 from qdit.calibrate.schemes import LayerScheme
+from qdit.engines.gate import Limits, judge
+from qdit.engines.parity import measure_parity
+from qdit.engines.parity_inputs import record_trajectories
+from qdit.engines.proof_engine import TorchProof
 from qdit.engines.torch_engine.engine import TorchEngine
 
 pytestmark = [
@@ -58,3 +63,18 @@ def test_a_replayed_graph_is_the_eager_forward_to_the_bit(
     for batch in (2, 5, 2):
         inputs = [value.cuda() for value in inputs_of(made, batch)]
         assert torch.equal(graphed.run(*inputs), eager.run(*inputs))
+
+
+@pytest.mark.parametrize("name", ["w4a8", "asymmetric", "integer scales"])
+def test_the_proof_holds(
+    name: str, make_quantized: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qdit.engines.parity._FEWEST_ACTIVATIONS", 1e6)
+    made = make_quantized(SCHEMES[name], ADALN, attention_head_dim=64)
+    made.model.denoiser.to("cuda")
+    steps = record_trajectories(made.model, SamplingSettings(4, 1.0, 0), 2)
+    engine = TorchProof(made.checkpoint, "cuda")
+    parity = measure_parity(made.model, made.checkpoint, engine, steps)
+    checks = {check.name: check for check in judge(parity, None, None, Limits()).checks}
+    for check in ("linears_same_input", "denoiser_bound"):
+        assert checks[check].outcome == "passed", checks[check].why

@@ -1,0 +1,120 @@
+"""What a proof needs of the engine that it proves, for each engine there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from numpy.typing import NDArray
+
+from ..calibrate.checkpoint import QuantizedCheckpoint
+from ..calibrate.families.base import Denoiser, Family
+from ..files import sha256_of_file
+from .onnxruntime_engine import OnnxRuntimeEngine
+from .parity_internals import ExposedValues, exposed_values
+
+if TYPE_CHECKING:
+    from .torch_engine.engine import TorchEngine
+
+
+class InferenceEngine(Protocol):
+    """What parity and sampling ask of an engine (`engines/engine.py`)."""
+
+    def infer(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]: ...
+
+    def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser: ...
+
+    def close(self) -> None: ...
+
+
+class ProofEngine(Protocol):
+    """An engine under proof: it can be opened, and looked into.
+
+    `name` is one of `ENGINE_TITLES`; `what` names the artifact in errors;
+    `dtype` is what it computes in; `on_gpu` says whether it makes the images on a GPU, where
+    otherwise the simulation does.
+    """
+
+    name: str
+    dtype: str
+    on_gpu: bool
+
+    @property
+    def what(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]:
+        """What its images follow from, beside model, weights and sampling: plain JSON."""
+
+    def exposed(self) -> ExposedValues:
+        """The inner values that it can return."""
+
+    def open(self, extra_outputs: Sequence[str] = ()) -> InferenceEngine:
+        """Load it; `infer` then returns `extra_outputs` as well."""
+
+
+class OnnxRuntimeProof:
+    """`model.onnx` in ONNX Runtime on the CPU.
+
+    The weights of a large model stay packed: slower, at half the memory (docs/targets.md).
+    """
+
+    name = "onnxruntime"
+    on_gpu = False
+
+    def __init__(
+        self, path: Path, dtype: str, *, threads: int | None = None, fold_weights: bool = True
+    ) -> None:
+        self.path = path
+        self.dtype = dtype
+        self._threads = threads
+        self._fold_weights = fold_weights
+
+    @property
+    def what(self) -> str:
+        return str(self.path)
+
+    def identity(self) -> dict[str, Any]:
+        return {"file": sha256_of_file(self.path)}
+
+    def exposed(self) -> ExposedValues:
+        return exposed_values(self.path)
+
+    def open(self, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
+        return OnnxRuntimeEngine(
+            self.path,
+            threads=self._threads,
+            extra_outputs=tuple(extra_outputs),
+            fold_weights=self._fold_weights,
+        )
+
+
+class TorchProof:
+    """A checkpoint on the CUDA kernels in PyTorch; on a CPU through their meaning in torch."""
+
+    name = "torch"
+    dtype = "float16"
+    on_gpu = True
+
+    def __init__(self, checkpoint: QuantizedCheckpoint, device: str) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+
+    @property
+    def what(self) -> str:
+        return f"the torch engine of {self._checkpoint.model_name}"
+
+    def identity(self) -> dict[str, Any]:
+        return {"dtype": self.dtype}
+
+    def exposed(self) -> ExposedValues:
+        from .torch_engine.exposed import exposed_values_of
+
+        return exposed_values_of(self._checkpoint)
+
+    def open(self, extra_outputs: Sequence[str] = ()) -> TorchEngine:
+        from .torch_engine.engine import TorchEngine
+
+        return TorchEngine(
+            self._checkpoint, device=self._device, extra_outputs=tuple(extra_outputs)
+        )
