@@ -22,7 +22,7 @@ from qdit.engines.export_job import (
     run_export,
     with_plan_found,
 )
-from qdit.engines.options import ExportOptions
+from qdit.engines.options import ExportOptions, ValidateOptions
 from qdit.engines.report.schema import read_report
 from qdit.engines.report.search_schema import SearchEntry, read_search
 from qdit.engines.validate_job import run_validate
@@ -321,7 +321,8 @@ def test_report_and_validation_show_the_search_and_forget_it_with_the_plan(
     written = read_report(output / "report.json").search
     assert written == search_of(output)
     assert "Granularity search" in (output / "report.html").read_text("utf-8")
-    run_validate(output, options, None, "qdit-validate …", Silent())
+    shared = options.model_dump(include=set(ValidateOptions.model_fields), exclude_unset=True)
+    run_validate(output, ValidateOptions(**shared), None, "qdit-validate …", Silent())
     assert read_report(output / "report.json").search == written
 
     kept = {"search", "budget", "search_refine"}
