@@ -63,6 +63,8 @@ class OnnxFeatures:
         self.path = path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # threads that wait for work take cores from what runs beside: torch, other workers
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

@@ -37,6 +37,8 @@ from .weight_cache import WeightCache
 FITNESS_VERSION = 2
 # torch allocates so, and kernels may sum in another order where data lies otherwise
 _ALIGNMENT = 64
+# One number for every host, so that all of them add up alike; several workers share a host's cores.
+_THREADS_BESIDE_A_GPU = 8
 
 AnyArray = NDArray[Any]
 
@@ -89,7 +91,8 @@ class EvaluatorPayload:
         with tempfile.TemporaryDirectory(prefix="qdit-features-") as folder:
             path = Path(folder) / self.features_name
             path.write_bytes(self.features_file)
-            threads = self.threads if torch.device(device).type == "cpu" else None
+            on_cpu = torch.device(device).type == "cpu"
+            threads = self.threads if on_cpu else _THREADS_BESIDE_A_GPU
             extractor = load_features(path, device=device, threads=threads)
         candidate = CandidateDenoiser(model, cache, device=device, fast=self.settings.fast)
         reference = Statistics(self.mu, self.sigma)

@@ -24,7 +24,8 @@ from .sizes import REFINE
 from .task import SEED_OFFSET, SearchTask
 from .uniform import uniform_plans
 
-_AT_ONCE = {"cpu": 50, "cuda": 400}  # on a GPU one batch is sampled beside another's features
+# on a GPU one batch is sampled beside another's features, and only the last one's are waited for
+_AT_ONCE = {"cpu": 50, "cuda": 200}
 
 
 def search_by_evolution(task: SearchTask, files: FidFiles) -> Found:
