@@ -50,11 +50,15 @@ def lower_and_write(
     *,
     dtype: ComputeDtype,
     progress: Progress,
+    lowering: ir.passes.InPlacePass | None = None,
 ) -> ExportedModel:
-    """Lower an abstract model (changed in place) to standard operators and write it to `path`."""
+    """Lower an abstract model (changed in place) and write it to `path`.
+
+    `lowering` is the target's pass, the one to standard operators (`LowerQdqPass`) by default.
+    """
     ir.passes.Sequential(
         RecordBlocksPass(),
-        LowerQdqPass(contents, dtype),
+        lowering or LowerQdqPass(contents, dtype),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedOpsetsPass(),
     )(model)

@@ -47,7 +47,7 @@ def write_model(
     The files are made and checked (full check with shape inference) in a folder beside `path` and
     then moved into place, the data first: a kill at any point leaves no file of the new model, or
     a whole one. Identical initializers are stored once. Raises `StepError` where the checker
-    refuses the model or a node is not of a standard domain.
+    refuses the model, or a node is neither a standard operator nor a function of the model itself.
     """
     _check_domains(model)
     with _partial_folder(path) as folder:
@@ -73,10 +73,10 @@ def write_model(
 
 def _check_domains(model: ir.Model) -> None:
     for node in model.graph:
-        if node.domain not in _STANDARD_DOMAINS:
+        if node.domain not in _STANDARD_DOMAINS and node.op_identifier() not in model.functions:
             raise StepError(
-                f"an exported file holds standard operators only, got {node.domain}::{node.op_type}"
-                f" in {node.name}; a lowering pass did not run"
+                "an exported file holds standard operators and functions of its own only, got "
+                f"{node.domain}::{node.op_type} in {node.name}; a lowering pass did not run"
             )
 
 

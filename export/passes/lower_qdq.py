@@ -40,24 +40,28 @@ class LowerQdqPass(ir.passes.InPlacePass):
         self.dtype: ComputeDtype = dtype
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        lowering = _Lowering(model, self.dtype)
-        for node in list(model.graph):
-            if (node.domain, node.op_type) == (QDIT_DOMAIN, LINEAR_OP):
-                lowering.lower(node, self.contents[node.attributes["layer"].as_string()])
-        model.metadata_props[LINEARS_KEY] = json.dumps(lowering.records)
-        return ir.passes.PassResult(model, bool(lowering.records))
+        return LinearLowering(model, self.dtype).lower_all(self.contents)
 
 
-class _Lowering:
-    """The state of one run over a graph."""
+class LinearLowering:
+    """The state of one run over a graph. Other targets override `activation` and `product`."""
 
     def __init__(self, model: ir.Model, dtype: ComputeDtype) -> None:
+        self.model = model
         self.graph = model.graph
         self.emit = Emitter(model.graph)
         self.dtype: ComputeDtype = dtype
         self.records: dict[str, dict[str, Any]] = {}
         self._named = set(json.loads(model.metadata_props.get(BLOCKS_KEY, "[]")))
         self._quantized: dict[tuple[int, int, int, bool], ir.Value] = {}
+
+    def lower_all(self, contents: Mapping[str, LinearContents]) -> ir.passes.PassResult:
+        """Lower every abstract linear and record them in the model's metadata."""
+        for node in list(self.graph):
+            if (node.domain, node.op_type) == (QDIT_DOMAIN, LINEAR_OP):
+                self.lower(node, contents[node.attributes["layer"].as_string()])
+        self.model.metadata_props[LINEARS_KEY] = json.dumps(self.records)
+        return ir.passes.PassResult(self.model, bool(self.records))
 
     def lower(self, node: ir.Node, contents: LinearContents) -> None:
         self.emit.anchor = node
@@ -66,21 +70,34 @@ class _Lowering:
         if x is None or old.shape is None:
             raise ValueError(f"{spec.name} has no input or no shape")
         self._name_input(x, spec.input_name)
-        operand = self._activation(x, contents)
-        matrix = emit_weight(self.emit, contents, self.dtype)
-        compute = onnx_dtype(self.dtype)
-        name = f"{spec.name}/product" if contents.bias is not None else f"{spec.name}.output"
-        output = self.emit.node("MatMul", [operand, matrix], name, compute, old.shape)
-        if contents.bias is not None:
-            bias = self._bias(contents.bias, f"{spec.name}.bias")
-            output = self.emit.node(
-                "Add", [output, bias], f"{spec.name}.output", compute, old.shape
-            )
+        output = self.product(x, contents, old.shape)
         ir.convenience.replace_all_uses_with(old, output, replace_graph_outputs=True)
         self.graph.remove(node, safe=True)
         self._record(contents, x, output)
 
-    def _activation(self, x: ir.Value, contents: LinearContents) -> ir.Value:
+    def product(self, x: ir.Value, contents: LinearContents, shape: ir.Shape) -> ir.Value:
+        """y [..., N], called '<linear>.output', of the float input x [..., K]."""
+        operand = self.activation(x, contents)
+        return self.multiply(operand, self.matrix(contents), contents, shape)
+
+    def multiply(
+        self, operand: ir.Value, matrix: ir.Value, contents: LinearContents, shape: ir.Shape
+    ) -> ir.Value:
+        """MatMul and the bias, if there is one."""
+        spec, compute = contents.spec, onnx_dtype(self.dtype)
+        name = f"{spec.name}/product" if contents.bias is not None else f"{spec.name}.output"
+        output = self.emit.node("MatMul", [operand, matrix], name, compute, shape)
+        if contents.bias is None:
+            return output
+        bias = self.bias(contents.bias, f"{spec.name}.bias")
+        return self.emit.node("Add", [output, bias], f"{spec.name}.output", compute, shape)
+
+    def matrix(self, contents: LinearContents) -> ir.Value:
+        """The weight [K, N] in the compute dtype."""
+        return emit_weight(self.emit, contents, self.dtype)
+
+    def activation(self, x: ir.Value, contents: LinearContents) -> ir.Value:
+        """What the product reads: x, or its fake quantization."""
         scheme, k = contents.scheme, contents.spec.in_features
         if not scheme.quantizes_activations:
             return x
@@ -94,7 +111,8 @@ class _Lowering:
             )
         return self._quantized[key]
 
-    def _bias(self, bias: torch.Tensor, name: str) -> ir.Value:
+    def bias(self, bias: torch.Tensor, name: str) -> ir.Value:
+        """A bias [N] in the compute dtype."""
         array = bias.to(as_torch_dtype(self.dtype)).numpy()
         return self.emit.initializer(
             name, onnx_dtype(self.dtype), array.shape, lambda: ir.tensor(array)
