@@ -33,6 +33,21 @@ class BlockInputs:
     shared: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class SmoothingSite:
+    """Where x = norm(h) · (1 + scale) + shift is made, and what reads it (`smoothing.py`).
+
+    modulation: the linear whose output rows `shift_rows` and `scale_rows` are shift and scale;
+    consumers: the linears that read x, called `input_name`. Nothing else may read it.
+    """
+
+    input_name: str
+    modulation: str
+    shift_rows: slice
+    scale_rows: slice
+    consumers: tuple[str, ...]
+
+
 class Family(Protocol):
     """A model family. `denoiser` is always the family's diffusers module."""
 
@@ -64,6 +79,9 @@ class Family(Protocol):
 
     def linears(self, denoiser: nn.Module) -> list[LinearSpec]:
         """The linears offered for quantization, in model order."""
+
+    def smoothing_sites(self, denoiser: nn.Module) -> Sequence[SmoothingSite]:
+        """Where SmoothQuant's factors fold into adaLN; empty where a family has no such place."""
 
     def inputs(self, denoiser: nn.Module) -> tuple[InputSpec, ...]:
         """The exported inputs, in the order of `forward`."""

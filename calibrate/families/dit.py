@@ -13,7 +13,7 @@ from torch.nn import functional
 from ...errors import InputError
 from ..diffusers_logs import silence_needless_warnings
 from ..plan import LinearSpec, Role
-from .base import BlockInputs, Family, InputSpec
+from .base import BlockInputs, Family, InputSpec, SmoothingSite
 
 TIMESTEPS = 1000  # training timesteps of every published DiT: 0 … 999
 
@@ -140,6 +140,33 @@ class DiTFamily:
             )
             for block in range(len(self.blocks(denoiser)))
             for path, role, in_features, out_features, has_bias, source in layers
+        ]
+
+    def smoothing_sites(self, denoiser: nn.Module) -> list[SmoothingSite]:
+        """Two a block: what q, k and v read, and what the MLP's first linear reads.
+
+        adaLN's rows are shift, scale and gate of attention, then shift, scale and gate of the MLP.
+        """
+        config: Any = denoiser.config
+        width = config.num_attention_heads * config.attention_head_dim
+
+        def rows(part: int) -> slice:
+            return slice(part * width, (part + 1) * width)
+
+        readers = (
+            ("attn1", 0, ("attn1.to_q", "attn1.to_k", "attn1.to_v")),
+            ("ff.net.0.proj", 3, ("ff.net.0.proj",)),
+        )
+        return [
+            SmoothingSite(
+                input_name=f"{path}.{source}.input",
+                modulation=f"{path}.norm1.linear",
+                shift_rows=rows(part),
+                scale_rows=rows(part + 1),
+                consumers=tuple(f"{path}.{name}" for name in names),
+            )
+            for path in (f"transformer_blocks.{i}" for i in range(len(self.blocks(denoiser))))
+            for source, part, names in readers
         ]
 
     def inputs(self, denoiser: nn.Module) -> tuple[InputSpec, ...]:
