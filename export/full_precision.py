@@ -34,7 +34,7 @@ def export_full_precision(
     check_dtype(dtype)
     model.family.tie_shared_modules(model.denoiser)
     return export_standard(
-        _skeleton(model),
+        skeleton_of(model),
         model.family,
         full_precision_contents(model),
         Path(path),
@@ -45,7 +45,7 @@ def export_full_precision(
     )
 
 
-def _skeleton(model: DiffusionModel) -> nn.Module:
+def skeleton_of(model: DiffusionModel) -> nn.Module:
     """A second denoiser that shares all parameters but those of the linears, which stay meta."""
     denoiser = empty_denoiser(model.family, model.config, find_ties(model.denoiser))
     linears = tuple(f"{spec.name}." for spec in model.linears)

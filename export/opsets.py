@@ -61,7 +61,6 @@ def onnx_dtype(dtype: ComputeDtype) -> ir.DataType:
 
 
 def ir_version(opset: int) -> int:
-    """The oldest IR version that the opset and 4-bit integers allow: most runtimes read it."""
+    """The oldest IR version that the opset allows, 4-bit integers included where it has them."""
     needed: int = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
-    four_bit_integers = 10
-    return max(needed, four_bit_integers)
+    return needed
