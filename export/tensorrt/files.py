@@ -21,7 +21,9 @@ from ..trace import trace
 from ..write import ExportedModel
 from .lower_int4 import LowerInt4Pass
 from .lower_int8 import LowerInt8Pass
+from .lower_plugin import LowerPluginPass
 from .older_opset import NEWER, OlderOpsetPass
+from .plugin_nodes import KernelPacking
 from .versions import Features
 
 TARGET_KEY = "qdit.target"
@@ -65,6 +67,22 @@ def export_int4(
     lowering = LowerInt4Pass(contents, compute_dtype(features))
     return _export_checkpoint(
         checkpoint, contents, path, "tensorrt-int4", lowering, features, progress
+    )
+
+
+def export_plugin(
+    checkpoint: QuantizedCheckpoint,
+    path: Path,
+    packing: KernelPacking,
+    features: Features,
+    *,
+    progress: Progress | None = None,
+) -> ExportedModel:
+    """The `tensorrt-plugin` file: plugin nodes that are functions too, see `LowerPluginPass`."""
+    contents = checkpoint_contents(checkpoint)
+    lowering = LowerPluginPass(contents, packing, compute_dtype(features))
+    return _export_checkpoint(
+        checkpoint, contents, path, "tensorrt-plugin", lowering, features, progress
     )
 
 

@@ -1,0 +1,1 @@
+"""Build, inspect and run TensorRT engines; every module imports without TensorRT."""
