@@ -158,7 +158,7 @@ def _targets(plan: QuantizationPlan, linears: list[LinearSpec]) -> tuple[TargetR
     rows = []
     for name, target in TARGETS.items():
         refusals = check(plan, linears, name)
-        reason = "" if target.built else "not written by this version of qdit yet"
+        reason = target.changes if target.built else "not written by this version of qdit yet"
         if refusals:
             more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
             reason = f"{refusals[0].layer}: {refusals[0].reason}{more}"

@@ -27,6 +27,7 @@ class Target:
     """A way to run a quantized model. `oldest` is the oldest runtime version that can.
 
     `built` says whether this version of qdit writes it; the rules of the others are known already.
+    `changes` is what a file of this target does otherwise than the plan says, '' for nothing.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Target:
     built: bool
     refuse: rules.Rule
     nearest: rules.Nearest
+    changes: str = ""
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -49,15 +51,16 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 rules.refuse_onnxruntime, rules.nearest_onnxruntime,
             ),
             Target(
-                "tensorrt-plugin", "TensorRT", (10, 9), False,
+                "tensorrt-plugin", "TensorRT", (10, 9), True,
                 rules.refuse_tensorrt_plugin, rules.nearest_tensorrt_plugin,
             ),
             Target(
-                "tensorrt-int8", "TensorRT", (8, 6), False,
+                "tensorrt-int8", "TensorRT", (8, 6), True,
                 rules.refuse_tensorrt_int8, rules.nearest_tensorrt_int8,
+                "one calibrated activation scale a tensor in place of one a token at run time",
             ),
             Target(
-                "tensorrt-int4", "TensorRT", (10, 0), False,
+                "tensorrt-int4", "TensorRT", (10, 0), True,
                 rules.refuse_tensorrt_int4, rules.nearest_tensorrt_int4,
             ),
         )

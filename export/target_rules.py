@@ -91,18 +91,18 @@ def nearest_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
 
 
 def refuse_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> str | None:
-    """`tensorrt-plugin`: the plugin's own kernel, so every scheme but one kind of group.
+    """`tensorrt-plugin`: the plugins' own kernels, so every scheme but one kind of group.
 
-    An int8 tensor-core product is 32 channels deep, so a group must be a multiple of 32.
+    A tensor-core product is 32 channels deep, so a group must be a multiple of 32. [tested]
     """
-    if not scheme.quantizes_activations:
+    if not scheme.quantizes_weights:
         return None
     k = spec.in_features
     depth = _INT8_TENSOR_CORE_DEPTH
-    for side, size in (
-        ("weight", scheme.weight_group_size(k)),
-        ("activation", scheme.activation_group_size(k)),
-    ):
+    sides = [("weight", scheme.weight_group_size(k))]
+    if scheme.quantizes_activations:
+        sides.append(("activation", scheme.activation_group_size(k)))
+    for side, size in sides:
         if size % depth:
             return _not_multiple(side, size, depth)
     return None
@@ -111,7 +111,7 @@ def refuse_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> str | None:
 def nearest_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
     k, depth = spec.in_features, _INT8_TENSOR_CORE_DEPTH
     if k % depth:
-        return _UNQUANTIZED if scheme.weight_group == "channel" else scheme.weight_only()
+        return _UNQUANTIZED
     made = scheme
     if scheme.weight_group_size(k) % depth:
         made = replace(made, weight_group=_finer_group(k, scheme.weight_group_size(k), depth))
@@ -122,29 +122,37 @@ def nearest_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> LayerSchem
 
 
 def refuse_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> str | None:
-    """`tensorrt-int8`: symmetric per-channel weights; activations per tensor with a fixed scale.
+    """`tensorrt-int8`: symmetric per-channel weights; symmetric 8-bit activations a token.
 
-    Integer scales make int8 weights with one scale a channel, so their groups are no hindrance.
+    The dynamic scales of the tokens are replaced by one calibrated scale a tensor, the one thing
+    here that a plan cannot say (`Target.changes`). Integer scales make int8 weights with one scale
+    a channel, so their groups are no hindrance. Weight-only layers are float products of the very
+    values, whatever their groups. [tested]
     """
-    if not scheme.quantizes_weights:
+    if not scheme.quantizes_activations:
         return None
-    if scheme.quantizes_activations:
-        return "activations must have one scale a tensor, fixed when the engine is built"
     if not _is_int8_by_channel(scheme):
         return (
             f"weights must have one scale a channel, got groups of {scheme.weight_group} with "
-            "float scales"
+            "float scales; use --group-size channel"
         )
     if not scheme.weight_symmetric:
         return "weights must be symmetric"
+    if scheme.activation_group != "token":
+        return (
+            "activations get one scale a tensor, far coarser than groups of "
+            f"{scheme.activation_group}; use --activation-group-size token"
+        )
+    if scheme.activation_bits != 8 or not scheme.activation_symmetric:
+        return "activations must be symmetric and have 8 bits"
     return None
 
 
 def nearest_tensorrt_int8(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
-    """Unquantized where weights have float scales a group: one a channel would be coarser."""
-    if not _is_int8_by_channel(scheme):
-        return _UNQUANTIZED
-    return replace(scheme.weight_only(), weight_symmetric=True)
+    """Weight-only where weights or activations have groups: one scale would be coarser."""
+    if not _is_int8_by_channel(scheme) or scheme.activation_group != "token":
+        return scheme.weight_only()
+    return replace(scheme, weight_symmetric=True, activation_symmetric=True, activation_bits=8)
 
 
 def refuse_tensorrt_int4(spec: LinearSpec, scheme: LayerScheme) -> str | None:
