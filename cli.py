@@ -352,16 +352,32 @@ def _inspect(
     json_output: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of tables.")
     ] = False,
+    tensorrt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VERSION",
+            help="Check an .onnx file against the rules of this TensorRT (8.6, 10, 10.9, 11): one "
+            "line a violation, and exit code 1 if there is any.",
+            show_default=False,
+        ),
+    ] = None,
     version: Version = False,
 ) -> int:
     """Show each linear's shape, bits, groups and bytes, totals, and what each target can run.
 
-    Example:
+    Examples:
 
       qdit-inspect build/demo-w4a8
+
+      qdit-inspect build/demo-w4a8/tensorrt/tensorrt-int8.onnx --tensorrt 8.6
     """
     from .engines import inspection
 
+    if tensorrt is not None:
+        broken = inspection.broken_rules(artifact, tensorrt)
+        lines = inspection.rules_as_json(broken) if json_output else "\n".join(map(str, broken))
+        typer.echo(lines or f"{artifact}: every rule of TensorRT {tensorrt} is kept")
+        return 1 if broken else 0
     found = inspection.inspect_artifact(artifact)
     if json_output:
         typer.echo(inspection.as_json(found), nl=False)

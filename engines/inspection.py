@@ -17,6 +17,7 @@ from ..calibrate.schemes import UNQUANTIZED_BITS, LayerScheme
 from ..errors import ArtifactError, InputError
 from ..export.capabilities import TARGETS, check
 from ..export.opsets import LINEARS_KEY
+from ..export.tensorrt.rules import Violation, check_file
 from ..files import canonical_json
 
 _MEGA = 1e6
@@ -71,6 +72,16 @@ def inspect_artifact(path: Path) -> Inspection:
     if path.suffix == ".onnx" and path.is_file():
         return _inspect_onnx(path)
     raise InputError(f"expected an exported folder or an .onnx file, got {path}; check the path")
+
+
+def broken_rules(path: Path, version: str) -> list[Violation]:
+    """What keeps an .onnx file from being built by a TensorRT version; empty where nothing does."""
+    return check_file(path, version)
+
+
+def rules_as_json(broken: list[Violation]) -> str:
+    """Violations as canonical JSON, without the final newline."""
+    return canonical_json([asdict(violation) for violation in broken]).rstrip("\n")
 
 
 def _inspect_folder(folder: Path) -> Inspection:

@@ -20,6 +20,7 @@ from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.tensorrt.plugin.packing import Packing
 from qdit.errors import InputError
 from qdit.export.tensorrt.lower_plugin import LowerPluginPass
+from qdit.export.tensorrt.rules import check_file
 
 from ...export.conftest import example_arrays, relative_error, run_torch
 from ...export.tensorrt.conftest import NEW, Traced, checkpoint_of
@@ -132,3 +133,8 @@ def test_float32_files_are_refused(traced: Traced) -> None:
     _, contents = checkpoint_of(traced.model, LayerScheme(4, 8, 64, 64))
     with pytest.raises(InputError, match="compute in float16, got float32"):
         LowerPluginPass(contents, Packing(), "float32")
+
+
+def test_it_keeps_the_rules_of_the_versions_that_have_plugins(written: Written) -> None:
+    assert check_file(written.path, "11") == []
+    assert {violation.rule for violation in check_file(written.path, "10.8")} == {"R3"}

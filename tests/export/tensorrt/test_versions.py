@@ -36,8 +36,8 @@ def test_older_versions_are_refused() -> None:
     ("version", "opset", "plugins"),
     [
         ("8.6", 17, False),
-        ("10.0.1", 20, False),
-        ("10.9", 20, True),
+        ("10.0.1", 21, False),
+        ("10.9", 21, True),
         ("10.15", 24, True),
         ("11", 24, True),
     ],
