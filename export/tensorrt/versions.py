@@ -55,8 +55,8 @@ _OLDEST = TensorRtVersion(8, 6)
 _TEN = TensorRtVersion(10)
 # 10.9 came with `aot_impl`.
 _AHEAD_OF_TIME = TensorRtVersion(10, 9)
-# 10.15's table names opset 24. 10.1's names 20, but its code reads INT4 and the blocked operators of
-# opset 21 and is built with ONNX 1.16, which brought them; what lies between is taken to be alike.
+# 10.15's table names opset 24. 10.1's names 20, but its code reads INT4 and the blocked operators
+# of opset 21 and is built with ONNX 1.16, which has them; what lies between is taken to be alike.
 _OPSETS = ((TensorRtVersion(10, 15), 24), (_TEN, 21), (_OLDEST, 17))
 
 
