@@ -14,7 +14,7 @@ from qdit.calibrate.checkpoint_model import empty_denoiser
 from qdit.calibrate.model import DiffusionModel
 from qdit.errors import StepError
 from qdit.export.abstract import TabulatedTimesteps, tabulate_timesteps
-from qdit.export.full_precision import _skeleton
+from qdit.export.full_precision import skeleton_of
 from qdit.export.trace import trace
 
 from .conftest import Tracer
@@ -22,7 +22,7 @@ from .conftest import Tracer
 
 @pytest.fixture(scope="module")
 def traced(small_model: DiffusionModel, tracer: Tracer) -> ir.Model:
-    return tracer.abstract(_skeleton(small_model), small_model)
+    return tracer.abstract(skeleton_of(small_model), small_model)
 
 
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
@@ -102,7 +102,7 @@ class TestTrace:
                     .mean()
                 )
 
-        skeleton = _skeleton(small_model)
+        skeleton = skeleton_of(small_model)
         with pytest.raises(StepError, match="must hold each of 14 linears once, got 0; missing"):
             trace(skeleton, Unused(), small_model.linears, dtype="float32", opset=21)
 
@@ -112,7 +112,7 @@ class TestTrace:
                 raise RuntimeError("no such layer")
 
         with pytest.raises(StepError, match="cannot trace this dit model for opset 21") as caught:
-            trace(_skeleton(small_model), Broken(), small_model.linears, dtype="float32", opset=21)
+            trace(skeleton_of(small_model), Broken(), small_model.linears, dtype="float32", opset=21)
         assert caught.value.__cause__ is not None
 
 
