@@ -170,7 +170,11 @@ RayAddress = Annotated[
     ),
 ]
 LatencyTarget = Annotated[
-    str, typer.Option(help="Target that latency-ms is measured on: qdq or torch.")
+    str,
+    typer.Option(
+        help="What latency-ms is measured on: qdq, torch (the simulation), or torch-quantized "
+        "(the CUDA kernels)."
+    ),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only errors.")]

@@ -1,46 +1,31 @@
 """Measure single linears on the machine at hand: the table behind `latency-ms` budgets.
 
-Each case is the linear alone with random integers for weights and normal input, run through the
-project's own pieces: the lowering, writer and engine of the `qdq` target, the simulation for
-`torch`. Noise: two warm-up runs (memory, code paths, clock), then the median of at least five
-timed ones; the cases of a shape take turns for three rounds and keep their least median, since
-other processes come in bursts and only ever add time. Slow drift of the machine stays in the table,
-and nothing is smoothed or made monotone in the group size, since real kernels are not.
+Each case (`single_linears.py`) is the linear alone, run through the project's own pieces: the
+lowering, writer and engine of the `qdq` target, the simulation for `torch`, the CUDA kernels for
+`torch-quantized`. The cases of a shape take turns for three rounds and keep their least median,
+since other processes come in bursts and only ever add time. Slow drift of the machine stays in the
+table, and nothing is smoothed or made monotone in the group size, since real kernels are not.
 """
 
 from __future__ import annotations
 
 import re
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
-from ..calibrate.integers import IntegerRange
-from ..calibrate.plan import LinearSpec
-from ..calibrate.quantizers import QuantizedWeight
-from ..calibrate.schemes import LayerScheme
 from ..calibrate.search.latency import LatencyKey, LatencyTable
-from ..calibrate.simulate import QuantizedLinear
-from ..errors import ArtifactError, InputError
-from ..export.contents import LinearContents
-from ..export.single_linear import INPUT_NAME, export_single_linear
+from ..errors import ArtifactError
 from ..files import cache_folder
 from ..progress import Progress, Silent
 from .benchmark.target import RunSettings
-from .benchmark.targets.onnxruntime_targets import OnnxRuntimeRunner
 from .machine import describe_machine, library_versions, usable_cores
+from .single_linears import check_device, latency_target, measure_linear
 
-LATENCY_TARGETS = ("qdq", "torch")
-
-_WARM_UP = 2
-_FEWEST_RUNS, _MOST_RUNS, _ENOUGH_S = 5, 25, 0.03
 _ROUNDS = 3
 _SAVE_EVERY_S = 10.0
 _ENVIRONMENT = ("onnxruntime", "onnxruntime-gpu", "torch", "qdit")
@@ -59,15 +44,12 @@ def measure_latencies(
     `threads` on a CPU are all usable cores by default. `cache` is the folder of the tables,
     `latency_folder()` by default; what is measured is kept there even when the rest fails or is
     interrupted. A cache file that cannot be read, or that other library versions wrote, is made
-    anew. Raises `InputError` for a target that has no such measurement.
+    anew. Raises `InputError` for a target that has no such measurement, or
+    none on `device`.
     """
     wanted = list(dict.fromkeys(keys))
     for key in wanted:
-        if key.target not in LATENCY_TARGETS:
-            raise InputError(
-                f"latency is measured on {' or '.join(LATENCY_TARGETS)}, got {key.target!r}; "
-                "choose one of them or another kind of budget"
-            )
+        check_device(key.target, device)
     shown = progress or Silent()
     settings = RunSettings(device, threads or usable_cores())
     path, empty = _table_place(cache or latency_folder(), settings)
@@ -96,11 +78,11 @@ def hardware_name(device: str, threads: int) -> str:
 def _measured_as(key: LatencyKey) -> LatencyKey:
     """The case that stands for `key`.
 
-    Both targets hold dequantized weights, made once at load, and multiply in float: how weights
-    were quantized changes nothing at run time. Measuring it again would only add noise between
-    equals, and ten times the time.
+    Where a target holds dequantized weights, made once at load, how they were quantized changes
+    nothing at run time. Measuring it again would only add noise between equals, and ten times the
+    time.
     """
-    if not key.scheme.quantizes_weights:
+    if not key.scheme.quantizes_weights or latency_target(key.target).weights_matter:
         return key
     scheme = replace(key.scheme, weight_group="channel", weight_symmetric=True)
     return replace(key, scheme=scheme)
@@ -177,75 +159,3 @@ def _turns(keys: Sequence[LatencyKey]) -> list[LatencyKey]:
         shape = (key.target, key.rows, key.in_features, key.out_features)
         shapes.setdefault(shape, []).append(key)
     return [key for cases in shapes.values() for key in cases * _ROUNDS]
-
-
-def measure_linear(key: LatencyKey, settings: RunSettings, folder: Path) -> float:
-    """Milliseconds of one run of the case, median; `folder` takes its file for a while."""
-    contents = _contents(key)
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(key.rows, key.in_features, generator=generator)
-    if key.target == "torch":
-        return 1000 * _median_seconds(_torch_run(contents, x, settings.device))
-    path = folder / "linear.onnx"
-    export_single_linear(contents, path, rows=key.rows)
-    runner = OnnxRuntimeRunner(path, settings)
-    runner.bind({INPUT_NAME: np.ascontiguousarray(x.numpy())})
-    return 1000 * _median_seconds(runner.run)
-
-
-def _median_seconds(run: Callable[[], Any]) -> float:
-    for _ in range(_WARM_UP):
-        run()
-    seconds: list[float] = []
-    started = time.perf_counter()
-    while len(seconds) < _FEWEST_RUNS or (
-        len(seconds) < _MOST_RUNS and time.perf_counter() - started < _ENOUGH_S
-    ):
-        begun = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
-
-
-def _torch_run(contents: LinearContents, x: torch.Tensor, device: str) -> Callable[[], Any]:
-    module: torch.nn.Module
-    if contents.scheme.quantizes_weights:
-        module = QuantizedLinear(contents.scheme, contents.quantized(), contents.bias)
-    else:
-        spec = contents.spec
-        module = torch.nn.Linear(spec.in_features, spec.out_features)
-    module = module.to(device)
-    moved = x.to(device)
-
-    @torch.inference_mode()
-    def run() -> None:
-        module(moved)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-
-    return run
-
-
-def _contents(key: LatencyKey) -> LinearContents:
-    """A linear of the key's sizes with random integers: their values do not change the time."""
-    n, k = key.out_features, key.in_features
-    spec = LinearSpec("linear", "mlp_in", 0, k, n, True, INPUT_NAME)
-    return LinearContents(
-        spec,
-        key.scheme,
-        torch.zeros(n),
-        quantized=lambda: _random_weight(n, k, key.scheme),
-        weight=lambda: torch.zeros(n, k).normal_(),
-    )
-
-
-def _random_weight(n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:
-    integers = IntegerRange.of(scheme.weight_bits, scheme.weight_symmetric)
-    groups = k // scheme.weight_group_size(k)
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.int8 if scheme.weight_symmetric else torch.uint8
-    values = torch.randint(
-        integers.low, integers.high + 1, (n, k), generator=generator, dtype=torch.int32
-    ).to(dtype)
-    zero_point = None if scheme.weight_symmetric else torch.zeros(n, groups, dtype=torch.uint8)
-    return QuantizedWeight(values, torch.full((n, groups), 2.0**-8), zero_point, scheme.weight_bits)

@@ -25,6 +25,7 @@ from ...errors import InputError
 from ...progress import Progress
 from ..latency_bench import measure_latencies
 from ..options import ExportOptions
+from ..single_linears import latency_target
 
 
 def budget_of(
@@ -75,8 +76,14 @@ def _cost_model(
     target = options.latency_target
     table = measure_latencies(
         needed_keys(linears, schemes, target, tokens),
-        device=str(model.device) if target == "torch" else "cpu",
+        device=latency_device(options, model),
         threads=options.threads,
         progress=progress,
     )
     return latency_cost(linears, table, target, tokens)
+
+
+def latency_device(options: ExportOptions, model: DiffusionModel) -> str:
+    """Where linears are timed: the model's device, or a CPU for a target that knows only that."""
+    devices = latency_target(options.latency_target).devices
+    return "cpu" if devices == ("cpu",) else str(model.device)

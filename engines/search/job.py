@@ -13,9 +13,9 @@ from typing import Any
 from ...calibrate.model import DiffusionModel
 from ...calibrate.plan import LinearSpec, QuantizationPlan
 from ...calibrate.schemes import LayerScheme
-from ...calibrate.search.budget import Budget
+from ...calibrate.search.budget import Budget, parse_budget
 from ...calibrate.search.costs import CostModel
-from ...calibrate.search.space import SearchSpace, search_space
+from ...calibrate.search.space import Refuse, SearchSpace, search_space
 from ...calibrate.search.weight_cache import build_weight_cache
 from ...calibrate.trajectories import CalibrationSet
 from ...errors import ArtifactError, InputError
@@ -26,8 +26,9 @@ from ...progress import Progress, Silent
 from ..fid_files import load_fid_files
 from ..options import ExportOptions
 from ..report.search_schema import SEARCH_NAME, SearchEntry, read_search
+from ..single_linears import check_device, latency_target
 from ..workspace import Workspace
-from .budgets import budget_of
+from .budgets import budget_of, latency_device
 from .found import Found
 from .record import FRONT_FOLDER, FRONT_NAME, search_entry, write_front
 from .task import SearchTask
@@ -91,11 +92,13 @@ def forget_search(output: Path) -> None:
 
 
 def check_search(job: SearchJob) -> None:
-    """Refuse what can be refused before calibration: nothing to search for, or a budget that no
-    plan keeps. A latency budget is measured first and judged later."""
+    """Refuse what can be refused before calibration: nothing to search for, a budget that no plan
+    keeps, a device that latency is not measured on. Latency is measured first and judged later."""
     space = space_of(job.options, job.model)
-    if not job.options.budget.startswith("latency-ms"):
+    if not _by_latency(job.options):
         budget_of(job.options, job.model, job.plan, space, job.progress)
+    else:
+        check_device(job.options.latency_target, latency_device(job.options, job.model))
 
 
 def search_budget(
@@ -106,16 +109,27 @@ def search_budget(
 
 
 def space_of(options: ExportOptions, model: DiffusionModel) -> SearchSpace:
-    """What may be chosen: the groups that `qdq` can express; the paper's method keeps both sides
-    of a linear at one size. Raises `InputError` where the flags quantize nothing."""
+    """What may be chosen: the groups that `qdq` can express, and the target of a latency budget can
+    run; the paper's method keeps both sides of a linear at one size. Raises `InputError` where the
+    flags quantize nothing."""
     scheme = options.scheme()
     if not scheme.quantizes_weights:
         raise InputError(
             f"a search needs quantized weights, got --bits {options.bits}; use w8a8, w4a8 or such"
         )
-    refuse: Callable[[LinearSpec, LayerScheme], str | None] = target_named(_TARGET).refuse
+    refusals: list[Refuse] = [target_named(_TARGET).refuse]
+    if _by_latency(options):
+        refusals.append(latency_target(options.latency_target).refuse)
+
+    def refuse(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+        return next(filter(None, (one(spec, scheme) for one in refusals)), None)
+
     tied = options.search_method == "evolutionary"
     return search_space(model.linears, scheme, options.bits, refuse=refuse, tied=tied)
+
+
+def _by_latency(options: ExportOptions) -> bool:
+    return parse_budget(options.budget).kind == "latency-ms"
 
 
 def _inputs(job: SearchJob, space: SearchSpace, calibration: CalibrationSet) -> dict[str, Any]:

@@ -112,6 +112,29 @@ def gated(y: Tensor, gate: Gate | None) -> Tensor:
     return torch.addcmul(residual, gate.gate.unsqueeze(1), images).flatten(0, 1)
 
 
+def quantized_part(
+    specs: Sequence[LinearSpec],
+    scheme: LayerScheme,
+    quantized: Sequence[QuantizedWeight],
+    bias: Tensor | None,
+) -> Part:
+    """The part of a scheme that quantizes weights. Raises `InputError` where no kernel does."""
+    part = IntegerPart if scheme.quantizes_activations else WeightOnlyPart
+    return part(specs, scheme, quantized, bias)
+
+
+def refuse_kernels(spec: LinearSpec, scheme: LayerScheme) -> str | None:
+    """Why no kernel computes a layer's scheme, or None."""
+    if not scheme.quantizes_weights:
+        return None
+    kind = LinearKind if scheme.quantizes_activations else WeightOnlyKind
+    try:
+        kind.of(scheme, spec.in_features)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 class Linears(nn.Module):
     """All linears that read one input, in model order."""
 
@@ -174,8 +197,7 @@ class LinearBuilder:
             return PlainPart(specs, torch.cat(weights), bias)
         quantized = [self._weights[spec.name].to(self._device) for spec in specs]
         try:
-            part = IntegerPart if scheme.quantizes_activations else WeightOnlyPart
-            return part(specs, scheme, quantized, bias)
+            return quantized_part(specs, scheme, quantized, bias)
         except InputError as error:
             raise InputError(f"the torch engine cannot run {specs[0].name}: {error}") from error
 

@@ -12,13 +12,16 @@ from qdit.calibrate.schemes import LayerScheme
 from qdit.calibrate.search.latency import LatencyKey, LatencyTable
 from qdit.calibrate.simulate import QuantizedLinear
 from qdit.engines import latency_bench
-from qdit.engines.latency_bench import (
-    hardware_name,
-    latency_folder,
-    measure_latencies,
-    measure_linear,
-)
+from qdit.engines.benchmark.target import RunSettings
+from qdit.engines.latency_bench import hardware_name, latency_folder, measure_latencies
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
+from qdit.engines.single_linears import (
+    kernel_part,
+    linear_contents,
+    measure_linear,
+    run_part,
+)
+from qdit.engines.torch_engine.linears import refuse_kernels
 from qdit.errors import InputError
 from qdit.export.single_linear import export_single_linear
 
@@ -98,7 +101,9 @@ def test_a_cache_that_does_not_hold_is_made_anew(
 
 
 def test_unknown_targets_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="measured on qdq or torch, got 'tensorrt-plugin'"):
+    with pytest.raises(
+        InputError, match="measured on qdq, torch or torch-quantized, got 'tensorrt-plugin'"
+    ):
         measure_latencies([key("tensorrt-plugin")], cache=tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -113,7 +118,7 @@ def test_the_folder_follows_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize("name", ["qdq", "qdq asymmetric", "qdq weight-only"])
 def test_the_file_measured_computes_the_simulation(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    contents = latency_bench._contents(case)
+    contents = linear_contents(case)
     export_single_linear(contents, tmp_path / "linear.onnx", rows=case.rows)
     x = torch.randn(case.rows, case.in_features, generator=torch.Generator().manual_seed(1))
     engine = OnnxRuntimeEngine(tmp_path / "linear.onnx", threads=1)
@@ -123,7 +128,68 @@ def test_the_file_measured_computes_the_simulation(name: str, tmp_path: Path) ->
 
 
 def test_more_work_takes_longer(tmp_path: Path) -> None:
-    # 64 times the products: far beyond any noise
-    settings = latency_bench.RunSettings("cpu", 1)
-    small, large = (key("torch", rows=rows, k=1152) for rows in (8, 512))
-    assert measure_linear(small, settings, tmp_path) < measure_linear(large, settings, tmp_path)
+    # 256 times the products; the least of five, since other processes only ever add time
+    settings = RunSettings("cpu", 1)
+    small, large = (
+        min(measure_linear(key("torch", rows=rows, k=1152), settings, tmp_path) for _ in range(5))
+        for rows in (8, 2048)
+    )
+    assert small < large
+
+
+KERNEL_SCHEMES = {
+    "groups": {},
+    "token and channel": {"weight_group": "channel", "activation_group": "token"},
+    "asymmetric": {"weight_symmetric": False, "activation_symmetric": False},
+    "weight-only": {"activation_bits": 16},
+    "unquantized": {"weight_bits": 16, "activation_bits": 16},
+}
+
+
+@pytest.mark.parametrize("scheme", KERNEL_SCHEMES.values(), ids=KERNEL_SCHEMES)
+def test_the_part_measured_computes_the_simulation(scheme: dict[str, object]) -> None:
+    # on a CPU through the kernels' meaning in torch; a GPU would time the same operands
+    case = key("torch-quantized", **scheme)
+    x = torch.randn(case.rows, case.in_features, generator=torch.Generator().manual_seed(1))
+    made = run_part(kernel_part(case, torch.device("cpu")), x.half())
+    assert made.shape == (case.rows, case.out_features)
+    if case.scheme.quantizes_weights:
+        contents = linear_contents(case)
+        wanted = QuantizedLinear(case.scheme, contents.quantized(), contents.bias)(x.half().float())
+        np.testing.assert_allclose(made.float(), wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_kernels_are_not_timed_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="torch-quantized is measured on cuda, got device cpu"):
+        measure_latencies([key("torch-quantized")], cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_no_kernel_computes_is_refused_with_its_reason() -> None:
+    case = key("torch-quantized", k=288, weight_group=144, activation_group=144)
+    spec = linear_contents(case).spec
+    assert "multiple of 32, got 144" in (refuse_kernels(spec, case.scheme) or "")
+    assert refuse_kernels(spec, case.scheme.weight_only()) is not None
+    assert refuse_kernels(linear_contents(key()).spec, key().scheme) is None
+    with pytest.raises(InputError, match="multiple of 32, got 144"):
+        kernel_part(case, torch.device("cpu"))
+
+
+def test_how_weights_were_quantized_counts_for_the_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency_bench, "measure_linear", lambda case, *_: case.scheme.weight_bits)
+    monkeypatch.setattr(latency_bench, "hardware_name", lambda *_: "a GPU")
+    cases = [key("torch-quantized", weight_bits=bits) for bits in (4, 8)]
+    table = measure_latencies(cases, device="cuda", cache=tmp_path)
+    assert [table.times[case] for case in cases] == [4, 8]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_kernels_are_timed_on_a_gpu(tmp_path: Path) -> None:
+    cases = [
+        key("torch-quantized", rows=256, k=1152, **scheme) for scheme in KERNEL_SCHEMES.values()
+    ]
+    table = measure_latencies(cases, device="cuda", cache=tmp_path)
+    assert all(0 < table.times[case] < 10 for case in cases)

@@ -112,7 +112,9 @@ class TestTrace:
                 raise RuntimeError("no such layer")
 
         with pytest.raises(StepError, match="cannot trace this dit model for opset 21") as caught:
-            trace(skeleton_of(small_model), Broken(), small_model.linears, dtype="float32", opset=21)
+            trace(
+                skeleton_of(small_model), Broken(), small_model.linears, dtype="float32", opset=21
+            )
         assert caught.value.__cause__ is not None
 
 

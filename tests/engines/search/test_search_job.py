@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from qdit.calibrate.checkpoint import QuantizedCheckpoint
+from qdit.calibrate.model import DiffusionModel
 from qdit.calibrate.plan import QuantizationPlan
 from qdit.calibrate.search import sensitivity as sensitivity_module
 from qdit.calibrate.sources import load_model
@@ -25,6 +26,7 @@ from qdit.engines.export_job import (
 from qdit.engines.options import ExportOptions, ValidateOptions
 from qdit.engines.report.schema import read_report
 from qdit.engines.report.search_schema import SearchEntry, read_search
+from qdit.engines.search.job import space_of
 from qdit.engines.validate_job import run_validate
 from qdit.engines.workspace import Workspace
 from qdit.errors import InputError
@@ -260,13 +262,17 @@ def test_a_search_among_integer_scales_keeps_its_budget(
         ({"budget": "effective-bits=3.9"}, r"at least the cheapest plan's 4\.\d+ bits per weight"),
         ({"bits": "w16a16"}, "a search needs quantized weights, got --bits w16a16"),
         ({"budget": "speed=3"}, "a budget must be KIND=VALUE"),
+        (
+            {"budget": "latency-ms=3", "latency_target": "torch-quantized"},
+            "torch-quantized is measured on cuda, got device cpu",
+        ),
         ({"budget": "bytes=g48"}, "a uniform plan's budget must be one of"),
         (
             {"scale_format": "integer", "group_size": "channel"},
             "integer scales are those of weight groups, got --bits w4a8 --group-size channel",
         ),
     ],
-    ids=["infeasible", "nothing to search", "kind", "group", "scales without groups"],
+    ids=["infeasible", "nothing to search", "kind", "device", "group", "scales without groups"],
 )
 def test_a_search_that_cannot_be_is_refused_before_anything_is_written(
     changes: dict[str, Any],
@@ -278,6 +284,21 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         quantize_and_export(make_options(output, **changes), Silent())
     assert not output.exists()
+
+
+def test_a_latency_budget_keeps_to_what_its_target_can_run(
+    make_options: Callable[..., ExportOptions],
+    make_model: Callable[..., DiffusionModel],
+    tmp_path: Path,
+) -> None:
+    model = make_model(num_attention_heads=2, attention_head_dim=144)
+    spaces = [
+        space_of(make_options(tmp_path, budget="latency-ms=9", latency_target=target), model)
+        for target in ("torch", "torch-quantized")
+    ]
+    name = next(spec.name for spec in model.linears if spec.in_features == 288)
+    groups = [space.weight_groups(name) for space in spaces]
+    assert set(groups[0]) - set(groups[1]) == {144}
 
 
 def test_the_paper_s_search_keeps_both_sides_of_a_linear_at_one_size(
