@@ -1,0 +1,173 @@
+"""Which precision each quantized linear really runs in: requested against executed.
+
+Source of what is executed: TensorRT's engine inspector, whose JSON has one entry a layer with its
+name, the formats of its inputs and outputs, its tactic, and the ONNX nodes that were fused into it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ArtifactError, StepError
+from ...files import write_json
+
+REQUESTED = "precision"  # the key in 'qdit.linears' (export/tensorrt/lower_int8.py)
+LINEARS_KEY = "qdit.linears"
+_QUANTIZED = ("INT8", "INT4", "PLUGIN")
+_FORMATS = (
+    ("INT8", ("int8",)),
+    ("INT4", ("int4",)),
+    ("FP8", ("fp8",)),
+    ("FP16", ("fp16", "half", "bf16")),
+    ("FP32", ("fp32", "float")),
+)
+NOT_FOUND = "not found"
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """One linear: the precision that its file asks for, what ran, and in which layer of the engine.
+
+    `executed` is 'not found' where the inspector names no layer for it: fused into one that hides
+    its parts.
+    """
+
+    linear: str
+    requested: str
+    executed: str
+    layer: str
+
+    @property
+    def fell_back(self) -> bool:
+        """Whether a quantized linear runs in floating point."""
+        return self.requested in _QUANTIZED and self.executed in ("FP16", "FP32")
+
+    @property
+    def is_open(self) -> bool:
+        return self.requested in _QUANTIZED and self.executed == NOT_FOUND
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The rows of all linears, in model order."""
+
+    rows: tuple[LedgerRow, ...]
+
+    @property
+    def fallbacks(self) -> list[LedgerRow]:
+        return [row for row in self.rows if row.fell_back]
+
+    @property
+    def summary(self) -> str:
+        """'42 INT8, 8 FP16; 0 of 42 quantized linears fell back'."""
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row.executed] = counts.get(row.executed, 0) + 1
+        quantized = [row for row in self.rows if row.requested in _QUANTIZED]
+        text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+        unknown = sum(row.is_open for row in quantized)
+        more = f", {unknown} not found in the engine" if unknown else ""
+        return (
+            f"{text}; {len(self.fallbacks)} of {len(quantized)} quantized linears fell back{more}"
+        )
+
+    def check(self, allow_fallback: bool) -> None:
+        """Raise `StepError` when a quantized linear runs in FP16 or FP32, unless allowed."""
+        if self.fallbacks and not allow_fallback:
+            first = self.fallbacks[0]
+            raise StepError(
+                f"{len(self.fallbacks)} quantized linears run in floating point, the first "
+                f"{first.linear}: {first.requested} was asked for, {first.executed} runs in layer "
+                f"{first.layer!r}; --allow-fallback builds the engine all the same"
+            )
+
+    def write(self, path: Path) -> None:
+        write_json(path, [asdict(row) for row in self.rows])
+
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """Raises `ArtifactError` for what is no ledger."""
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(LedgerRow(**row) for row in rows))
+        except (OSError, ValueError, TypeError) as error:
+            raise ArtifactError(f"{path} is no readable precision ledger: {error}") from error
+
+
+def make_ledger(
+    linears: Mapping[str, Mapping[str, Any]], engine_layers: Sequence[Mapping[str, Any]]
+) -> Ledger:
+    """Match every linear of a file ('qdit.linears') with the engine's layers.
+
+    A linear's product is the node called '<linear>/product' (or '<linear>.output' without a bias),
+    or the plugin node called by its own name. Of several layers that name it, the one that holds
+    the product is the first whose type is no reformat, shuffle or constant.
+    """
+    rows = []
+    for name, record in linears.items():
+        requested = str(record.get(REQUESTED, "FP16"))
+        layer = _layer_of(name, engine_layers)
+        executed = NOT_FOUND if layer is None else _precision_of(layer, requested)
+        found = "" if layer is None else str(layer.get("Name", ""))
+        rows.append(LedgerRow(name, requested, executed, found))
+    return Ledger(tuple(rows))
+
+
+def layers_of(inspector_json: str) -> list[dict[str, Any]]:
+    """The layers of `EngineInspector.get_engine_information(JSON)`. Raises `ArtifactError`."""
+    try:
+        found = json.loads(inspector_json)["Layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"the engine inspector's answer is not readable: {error}") from error
+    if not all(isinstance(layer, dict) for layer in found):
+        raise ArtifactError(
+            "the engine was built without detailed profiling verbosity, so its layers have names "
+            "only; build it with qdit"
+        )
+    return list(found)
+
+
+def _layer_of(linear: str, engine_layers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    pattern = _mentions(linear)
+    passive = ("Reformat", "Shuffle", "Constant", "NoOp", "Slice", "Cast", "Scale")
+    candidates = [layer for layer in engine_layers if pattern.search(_words(layer))]
+    active = [layer for layer in candidates if layer.get("LayerType") not in passive]
+    return next(iter(active or candidates), None)
+
+
+def _mentions(linear: str) -> re.Pattern[str]:
+    """The product's node in a layer's name or metadata, not another linear that starts alike."""
+    name = re.escape(linear)
+    return re.compile(rf"(?<![\w./]){name}(?:/product|\.output|(?![\w./]))")
+
+
+def _words(layer: Mapping[str, Any]) -> str:
+    return f"{layer.get('Name', '')} {layer.get('Metadata', '')}"
+
+
+def _precision_of(layer: Mapping[str, Any], requested: str) -> str:
+    """What a layer computes in: by its tactic where that names INT8 matrix units, else by the
+    format of what it reads. A plugin is what it is."""
+    if "plugin" in str(layer.get("LayerType", "")).lower():
+        return "PLUGIN"
+    tactic = str(layer.get("TacticName", "")).lower()
+    if re.search(r"i8816|i16832|i8i8|int8|imma|_i8", tactic):
+        return "INT8"
+    inputs = layer.get("Inputs") or []
+    texts = [_format_of(entry) for entry in inputs]
+    weights = str((layer.get("Weights") or {}).get("Type", "")).lower()
+    words = [*texts, weights] if requested == "INT4" else texts
+    for name, patterns in _FORMATS:
+        if any(pattern in text for text in words for pattern in patterns):
+            return name
+    return NOT_FOUND
+
+
+def _format_of(entry: Mapping[str, Any]) -> str:
+    """'row major int8 format' by 8.6 and 10, or the data type by itself."""
+    return str(entry.get("Format/Datatype", entry.get("Datatype", ""))).lower()

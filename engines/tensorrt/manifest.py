@@ -1,0 +1,103 @@
+"""What an engine was built from and for: beside it, and last to be written.
+
+An engine whose manifest is missing is no engine; one whose manifest says something else is built
+anew.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...files import sha256_of_file, write_json
+from .library import GpuIdentity
+from .settings import BuildSettings
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """The key of an engine (everything that it follows from), and its own hash and size.
+
+    sources: SHA-256 of the ONNX file and its external data; plugins: of the kernels' code.
+    """
+
+    tensorrt: str
+    gpu: dict[str, str]
+    sources: dict[str, str]
+    settings: dict[str, Any]
+    plugins: str
+    engine_sha256: str = ""
+    engine_bytes: int = 0
+    build_seconds: float = 0.0
+    version: int = MANIFEST_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        onnx_path: Path,
+        settings: BuildSettings,
+        tensorrt: str,
+        gpu: GpuIdentity,
+        plugins: str,
+    ) -> EngineManifest:
+        """The manifest of an engine that is yet to be built."""
+        data = onnx_path.with_name(f"{onnx_path.name}.data")
+        files = [file for file in (onnx_path, data) if file.is_file()]
+        return cls(
+            tensorrt=tensorrt,
+            gpu=gpu.to_json(),
+            sources={file.name: sha256_of_file(file) for file in files},
+            settings=json.loads(json.dumps(settings.to_json())),
+            plugins=plugins,
+        )
+
+    def difference(self, wanted: EngineManifest) -> str:
+        """What of `wanted`'s key this engine was not built with, in words; '' when nothing.
+
+        An engine made for all GPUs or later versions runs there; its manifest still names the ones
+        that it was built on, and these do not count then.
+        """
+        mine, other = self._key(), wanted._key()
+        if self.settings.get("hardware_compatible"):
+            mine["gpu"] = other["gpu"]
+        if self.settings.get("version_compatible") and self._same_major(wanted):
+            mine["tensorrt"] = other["tensorrt"]
+        changed = [
+            f"{name} {_short(mine[name])} → {_short(other[name])}"
+            for name in other
+            if mine[name] != other[name]
+        ]
+        return "; ".join(changed)
+
+    def _key(self) -> dict[str, Any]:
+        names = ("version", "tensorrt", "gpu", "sources", "settings", "plugins")
+        value = asdict(self)
+        return {name: value[name] for name in names}
+
+    def _same_major(self, other: EngineManifest) -> bool:
+        return self.tensorrt.split(".")[0] == other.tensorrt.split(".")[0]
+
+    def write(self, path: Path) -> None:
+        """Write atomically."""
+        write_json(path, asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> EngineManifest | None:
+        """The manifest at `path`; None for what is missing, damaged or of another version."""
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            found = cls(**value)
+        except (OSError, ValueError, TypeError):
+            return None
+        return found if found.version == MANIFEST_VERSION else None
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} {_short(entry)}" for key, entry in value.items()) + "}"
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

@@ -1,0 +1,126 @@
+"""Linears are found among an engine's layers, in the words that TensorRT's inspector uses."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qdit.engines.tensorrt.ledger import NOT_FOUND, Ledger, layers_of, make_ledger
+from qdit.engines.tensorrt.monitor import BuildPhases
+from qdit.errors import ArtifactError
+from qdit.progress import Silent
+
+INT8 = {"block.q": {"precision": "INT8"}}
+
+
+def layer(
+    name: str, text: str = "", kind: str = "CaskGemmConvolution", **more: Any
+) -> dict[str, Any]:
+    inputs = [{"Name": "x", "Format/Datatype": text}] if text else []
+    return {"Name": name, "LayerType": kind, "Inputs": inputs, **more}
+
+
+@pytest.mark.parametrize(
+    ("layers", "executed"),
+    [
+        ([layer("block.q/product", "Row major Int8 format")], "INT8"),
+        ([layer("block.q/product", "Row major linear FP16 format")], "FP16"),
+        ([layer("block.q/product", "Row major linear FP32")], "FP32"),
+        ([layer("block.q.weight + block.q/product + gelu", "Channel major INT8 format")], "INT8"),
+        # the tactic names the matrix unit even where the input is converted inside the kernel
+        (
+            [layer("block.q/product", "Row major linear FP16 format",
+                   TacticName="sm80_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x64_stage3")],
+            "INT8",
+        ),
+        # a reformat that names the product is not the product
+        (
+            [layer("Reformatting for block.q/product", "Row major linear FP32", "Reformat"),
+             layer("block.q/product", "Row major Int8 format")],
+            "INT8",
+        ),
+        # fused by Myelin: the ONNX nodes are in the metadata
+        (
+            [layer("__myl_FcAdd_0xabc", "Row major Int8 format", "gemm",
+                   Metadata="[ONNX Layer: block.q/product]\x1e[ONNX Layer: block.q.output]")],
+            "INT8",
+        ),
+        ([layer("block.q.output", "Row major Int8 format")], "INT8"),
+        ([layer("block.q", kind="PluginV3")], "PLUGIN"),
+        # other linears whose names start or end alike
+        ([layer("block.q_norm/product", "Row major Int8 format"),
+          layer("other.block.q/product", "Row major Int8 format")], NOT_FOUND),
+        ([layer("{ForeignNode[block.a...block.z]}", kind="Myelin")], NOT_FOUND),
+        ([], NOT_FOUND),
+    ],
+)  # fmt: skip
+def test_a_linear_s_layer(layers: list[dict[str, Any]], executed: str) -> None:
+    (row,) = make_ledger(INT8, layers).rows
+    assert row.executed == executed
+    assert row.fell_back == (executed in ("FP16", "FP32"))
+    assert row.is_open == (executed == NOT_FOUND)
+
+
+def test_int4_is_that_of_the_weights() -> None:
+    linears = {"l": {"precision": "INT4"}}
+    weights = {"Type": "Int4", "Count": 64}
+    layers = [layer("l/product", "Row major linear FP16 format", Weights=weights)]
+    (row,) = make_ledger(linears, layers).rows
+    assert row.executed == "INT4"
+    (other,) = make_ledger(linears, [layer("l/product", "FP16", Weights={"Type": "Half"})]).rows
+    assert other.fell_back
+
+
+def test_unquantized_linears_cannot_fall_back() -> None:
+    (row,) = make_ledger({"l": {"precision": "FP16"}}, [layer("l/product", "FP32")]).rows
+    assert not row.fell_back
+
+
+def test_the_inspector_s_answer() -> None:
+    layers = [layer("a", "FP16")]
+    assert layers_of(json.dumps({"Layers": layers, "Bindings": []})) == layers
+    with pytest.raises(ArtifactError, match="without detailed profiling verbosity"):
+        layers_of(json.dumps({"Layers": ["a", "b"]}))
+    with pytest.raises(ArtifactError, match="not readable"):
+        layers_of("nothing")
+
+
+def test_the_summary_counts() -> None:
+    linears = {f"l{i}": {"precision": "INT8"} for i in range(3)}
+    layers = [layer("l0/product", "Int8"), layer("l1/product", "FP16")]
+    ledger: Ledger = make_ledger(linears, layers)
+    assert ledger.summary == (
+        "1 FP16, 1 INT8, 1 not found; 1 of 3 quantized linears fell back, 1 not found in the engine"
+    )
+
+
+class Lines(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def test_the_time_left_is_that_of_the_outermost_phase() -> None:
+    lines, now = Lines(), [0.0]
+    phases = BuildPhases(lines, lambda: now[0])
+    phases.start("Building", None, 10)
+    phases.start("Tactics", "Building", 100)
+    for step in range(3):
+        now[0] += 20.0
+        assert phases.step("Tactics", step)
+        assert phases.step("Building", step)
+    assert lines.said == [
+        "TensorRT: Building, 10 steps",
+        "TensorRT: Building 1/10, about 180 s left",
+        "TensorRT: Building 2/10, about 160 s left",
+        "TensorRT: Building 3/10, about 140 s left",
+    ]
+    phases.cancelled = True
+    assert not phases.step("Building", 3)
+    phases.finish("Tactics")
+    phases.finish("Building")
+    assert phases.phases == {}
