@@ -31,8 +31,9 @@ from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.consoles import table_console
 from qdit.engines.kernels.driver import gpu
 from qdit.engines.kernels.measure import Product, tune
+from qdit.engines.kernels.operands import Modulation
 from qdit.engines.kernels.product import linear
-from qdit.engines.kernels.rows import Modulation, quantize_rows
+from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.timing import Call, copies_beyond_cache, graph_microseconds
 from qdit.engines.kernels.tuning import tile_for
 from qdit.engines.kernels.variants import LinearKind, QuantizeKind, Tile

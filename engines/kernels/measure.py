@@ -16,8 +16,9 @@ from ...calibrate.schemes import LayerScheme
 from ...errors import StepError
 from ...progress import Progress, Silent
 from .driver import Gpu
+from .operands import QuantizedRows
 from .product import linear, linear_kernel
-from .rows import QuantizedRows, quantize_rows
+from .rows import quantize_rows
 from .timing import copies_beyond_cache, graph_microseconds
 from .tuning import Shape, by_rule, candidates, kind_key, tile_for
 from .variants import LinearKind, QuantizeKind, Tile, tile_problem

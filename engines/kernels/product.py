@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ...errors import InputError
 from . import reference
 from .driver import Argument, Gpu, Kernel, gpu_of, load_kernel
-from .rows import QuantizedRows
+from .operands import Gate, QuantizedRows
 from .tuning import tile_for
 from .variants import LinearKind, Tile, linear_defines, linear_shared_bytes, tile_problem
 from .weights import PackedWeight
-
-
-@dataclass(frozen=True)
-class Gate:
-    """y = residual + gate · product: residual [M, N], gate [images, N].
-
-    image_tokens: consecutive rows of one image.
-    """
-
-    residual: Tensor
-    gate: Tensor
-    image_tokens: int
 
 
 def linear(

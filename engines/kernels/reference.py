@@ -6,7 +6,7 @@ bit; products are exact in float64 and rounded once. Made for checking, not for 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +15,9 @@ from torch.nn import functional
 from ...calibrate.quantizers import quantize_activation
 from ...calibrate.schemes import LayerScheme
 from .layouts import from_panels, scale_order, to_panels
+from .operands import Gate, Modulation, QuantizedRows
 from .variants import LinearKind, QuantizeKind
-
-if TYPE_CHECKING:
-    from .product import Gate
-    from .rows import Modulation, QuantizedRows
-    from .weights import PackedWeight
+from .weights import PackedWeight
 
 _GELU = {"tanh": "tanh", "exact": "none"}
 

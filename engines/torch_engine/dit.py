@@ -21,8 +21,7 @@ from ...calibrate.families.base import Family
 from ...calibrate.families.dit import DiTFamily
 from ...calibrate.plan import LinearSpec
 from ...errors import InputError
-from ..kernels.product import Gate
-from ..kernels.rows import Modulation
+from ..kernels.operands import Gate, Modulation
 from ..kernels.variants import Gelu
 from .linears import LinearBuilder, Linears, Part
 from .source import Source

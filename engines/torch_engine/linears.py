@@ -13,7 +13,8 @@ from ...calibrate.plan import LinearSpec, QuantizationPlan
 from ...calibrate.quantizers import QuantizedWeight
 from ...calibrate.schemes import LayerScheme
 from ...errors import InputError
-from ..kernels.product import Gate, linear
+from ..kernels.operands import Gate
+from ..kernels.product import linear
 from ..kernels.variants import LinearKind, QuantizeKind, WeightOnlyKind
 from ..kernels.weight_only import weight_only_linear
 from ..kernels.weights import PackedWeight, pack_weight

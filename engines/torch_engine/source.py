@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels.rows import Modulation, QuantizedRows, quantize_rows
+from ..kernels.operands import Modulation, QuantizedRows
+from ..kernels.rows import quantize_rows
 from ..kernels.variants import Gelu, QuantizeKind
 
 

@@ -19,9 +19,10 @@ from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.kernels import product
 from qdit.engines.kernels.driver import Gpu, gpu
 from qdit.engines.kernels.layouts import from_panels, scale_order
-from qdit.engines.kernels.product import Gate, linear
+from qdit.engines.kernels.operands import Gate, Modulation, QuantizedRows
+from qdit.engines.kernels.product import linear
 from qdit.engines.kernels.reference import dequantized_rows
-from qdit.engines.kernels.rows import Modulation, QuantizedRows, quantize_rows
+from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.tuning import candidates
 from qdit.engines.kernels.variants import Gelu, QuantizeKind, Tile, WeightOnlyKind, tile_problem
 from qdit.engines.kernels.weight_only import weight_only_linear

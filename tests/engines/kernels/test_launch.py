@@ -18,8 +18,9 @@ from cuda.bindings import driver as real_driver
 from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.kernels import driver, product, rows, weight_only
 from qdit.engines.kernels.driver import Gpu
-from qdit.engines.kernels.product import Gate, linear
-from qdit.engines.kernels.rows import Modulation, quantize_rows
+from qdit.engines.kernels.operands import Gate, Modulation
+from qdit.engines.kernels.product import linear
+from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.sources import source
 from qdit.engines.kernels.variants import QuantizeKind, Tile, WeightOnlyKind
 from qdit.engines.kernels.weight_only import weight_only_linear

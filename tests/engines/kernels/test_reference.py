@@ -9,9 +9,10 @@ from torch.nn import functional
 from qdit.calibrate.quantizers import quantize_activation, quantize_weight_nearest
 from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.kernels.layouts import from_panels, scale_order
-from qdit.engines.kernels.product import Gate, linear
+from qdit.engines.kernels.operands import Gate, Modulation
+from qdit.engines.kernels.product import linear
 from qdit.engines.kernels.reference import dequantized_rows, dequantized_weight
-from qdit.engines.kernels.rows import Modulation, quantize_rows
+from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.variants import LinearKind, QuantizeKind, WeightOnlyKind
 from qdit.engines.kernels.weight_only import weight_only_linear
 from qdit.engines.kernels.weights import pack_weight

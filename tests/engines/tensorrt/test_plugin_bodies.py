@@ -15,8 +15,9 @@ import torch
 from qdit.calibrate.plan import LinearSpec
 from qdit.calibrate.schemes import LayerScheme
 from qdit.engines.kernels.layouts import scale_order
+from qdit.engines.kernels.operands import QuantizedRows
 from qdit.engines.kernels.product import linear
-from qdit.engines.kernels.rows import QuantizedRows, quantize_rows
+from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.variants import LinearKind, QuantizeKind, WeightOnlyKind
 from qdit.engines.kernels.weight_only import weight_only_linear
 from qdit.engines.kernels.weights import pack_weight
