@@ -51,6 +51,7 @@ OPTIONAL_MODULES = [
     "ray",
     "tensorrt",
     "uvicorn",
+    "tritonclient",
 ]
 FLOORS = ["calibrate", "export", "engines", "serve", "demo"]
 

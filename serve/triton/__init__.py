@@ -1,0 +1,1 @@
+"""Triton Inference Server: model repositories of exported folders, and an engine on a server."""

@@ -1,0 +1,161 @@
+"""Write a Triton model repository: REPOSITORY/NAME/config.pbtxt and REPOSITORY/NAME/1/model.*.
+
+The server batches single denoiser calls of any step, so that a client's sampling loop needs nothing
+of the others'; `client.TritonEngine` is an engine for such a loop.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...calibrate.checkpoint import QuantizedCheckpoint
+from ...engines.engine import TensorSpec
+from ...engines.tensorrt.manifest import EngineManifest
+from ...engines.tensorrt.store import engine_path, manifest_path
+from ...errors import InputError
+from ...files import write_text
+from .config import Device, TritonModel
+
+CONFIG = "config.pbtxt"
+_VERSION = "1"
+_ONNX_FILES = ("onnxruntime/model.onnx", "model.onnx")  # the faster first
+_TENSORRT_FILES = tuple(f"tensorrt-{kind}/model.onnx" for kind in ("plugin", "int8", "int4"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of an exported folder that a Triton backend runs, with its tensors."""
+
+    path: Path
+    model: TritonModel
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What belongs into the version's folder, by name there: external data keeps its own."""
+        return {self.model.file_name: self.path} | {
+            name: self.path.with_name(name) for name in _external_files(self.path)
+        }
+
+
+def triton_source(
+    folder: Path,
+    engine: str = "auto",
+    *,
+    name: str | None = None,
+    device: Device | None = None,
+    max_batch: int = 64,
+    **settings: Any,
+) -> Source:
+    """The model of an exported folder as a server should run it.
+
+    `engine`: onnxruntime (`onnxruntime/model.onnx`, else the reference form), qdq (the reference
+    form), tensorrt (an engine that was built), or auto, which prefers TensorRT where `device` is
+    not 'cpu'. `device` is cuda for TensorRT and else cpu by default; `settings` are the rest of
+    `TritonModel`. Raises `InputError` where the folder has no such file, `ArtifactError` for a
+    damaged checkpoint.
+    """
+    checkpoint = QuantizedCheckpoint.read(folder)
+    named = name or _slug(f"{checkpoint.model_name}-{checkpoint.plan.bits}")
+    built = _built_engine(folder) if engine in ("auto", "tensorrt") and device != "cpu" else None
+    if built is not None:
+        onnx_path, manifest = built
+        inputs, outputs = onnx_specs(onnx_path)
+        if manifest.tensorrt.startswith("8."):
+            inputs = [_narrowed(spec) for spec in inputs]
+        most = min(max_batch, int(manifest.settings["batch"]["most"]))
+        model = TritonModel(named, "tensorrt", inputs, outputs, device or "cuda", most, **settings)
+        return Source(engine_path(onnx_path), model)
+    files = {"qdq": _ONNX_FILES[1:]}.get(engine, _ONNX_FILES)
+    path = next((folder / file for file in files if (folder / file).is_file()), None)
+    if engine not in ("auto", "onnxruntime", "qdq") or path is None:
+        raise InputError(
+            "a Triton repository takes auto, or an engine that the folder has for the device: a "
+            f"built tensorrt-*/model.engine, {' or '.join(_ONNX_FILES)} for onnxruntime or qdq; "
+            f"{folder} has none for {engine!r}; export it with that --target"
+        )
+    inputs, outputs = onnx_specs(path)
+    model = TritonModel(
+        named, "onnxruntime", inputs, outputs, device or "cpu", max_batch, **settings
+    )
+    return Source(path, model)
+
+
+def write_triton_repository(source: Source, repository: Path) -> Path:
+    """Put the model into `repository`, which may hold others; its folder is returned.
+
+    A model of that name is replaced, whole or not at all. Raises `InputError` without
+    `tritonclient`, and where `repository` is a file.
+    """
+    text = source.model.text()
+    if repository.exists() and not repository.is_dir():
+        raise InputError(f"a Triton repository is a folder, got the file {repository}")
+    target = repository / source.model.name
+    # a server that polls passes over folders that begin with a dot
+    fresh = repository / f".{source.model.name}.{os.getpid()}.partial"
+    try:
+        version = fresh / _VERSION
+        version.mkdir(parents=True)
+        for name, path in source.files.items():
+            shutil.copyfile(path, version / name)
+        write_text(fresh / CONFIG, text)
+        if target.exists():
+            shutil.rmtree(target)
+        fresh.replace(target)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return target
+
+
+def onnx_specs(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """(inputs, outputs) of an ONNX file, in its order."""
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    given = [value for value in graph.input if value.name not in weights]
+    return [_spec(value) for value in given], [_spec(value) for value in graph.output]
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _narrowed(spec: TensorSpec) -> TensorSpec:
+    """TensorRT 8 makes INT32 of INT64 inputs."""
+    is_wide = spec.dtype == np.int64
+    return replace(spec, dtype=np.dtype(np.int32)) if is_wide else spec
+
+
+def _built_engine(folder: Path) -> tuple[Path, EngineManifest] | None:
+    """The first finished engine: the path of its ONNX file, and its manifest."""
+    for file in _TENSORRT_FILES:
+        path = folder / file
+        manifest = EngineManifest.read(manifest_path(engine_path(path)))
+        if manifest is not None and engine_path(path).is_file() and path.is_file():
+            return path, manifest
+    return None
+
+
+def _external_files(path: Path) -> set[str]:
+    if path.suffix != ".onnx":
+        return set()
+    graph = onnx.load(path, load_external_data=False).graph
+    return {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
