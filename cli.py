@@ -176,6 +176,73 @@ LatencyTarget = Annotated[
         "(the CUDA kernels)."
     ),
 ]
+TargetList = Annotated[
+    str,
+    typer.Option(
+        metavar="LIST",
+        help="Files for other runtimes beside model.onnx, separated by commas: tensorrt-plugin "
+        "(exact), tensorrt-int8 (static scales), tensorrt-int4 (weights only), or tensorrt for the "
+        "one nearest to the plan. Engines are built where TensorRT and a GPU are.",
+        show_default=False,
+    ),
+]
+OnUnsupported = Annotated[
+    str,
+    typer.Option(
+        help="Where a target cannot run the plan: stop, or degrade to the nearest plan, and say so."
+    ),
+]
+TensorRtVersion = Annotated[
+    str | None,
+    typer.Option(
+        metavar="VERSION",
+        help="TensorRT that the files are for (8.6, 10, 10.9, 11). Default: the installed one; "
+        "without one, the newest.",
+        show_default=False,
+    ),
+]
+StaticScales = Annotated[
+    str, typer.Option(help="tensorrt-int8: activation scales by least error (mse) or range (max).")
+]
+Smooth = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ALPHA",
+        help="SmoothQuant, 0 … 1, folded into adaLN before quantizing; 0.5 is usual.",
+        show_default=False,
+    ),
+]
+BatchProfileOption = Annotated[
+    str, typer.Option(metavar="MIN/BEST/MAX", help="Batch sizes that an engine takes.")
+]
+OptimizationLevel = Annotated[
+    int | None,
+    typer.Option(help="TensorRT builder, 0 … 5. Default: TensorRT's own.", show_default=False),
+]
+WorkspaceMib = Annotated[
+    int | None,
+    typer.Option(help="Most scratch memory of a layer, in MiB. Default: all.", show_default=False),
+]
+HardwareCompatible = Annotated[
+    bool, typer.Option("--hardware-compatible", help="Engine for every GPU from Ampere on.")
+]
+VersionCompatible = Annotated[
+    bool, typer.Option("--version-compatible", help="Engine for later TensorRTs of this major.")
+]
+WeightStreaming = Annotated[
+    bool, typer.Option("--weight-streaming", help="Weights may stay on the host (TensorRT 10).")
+]
+Refit = Annotated[bool, typer.Option("--refit", help="Weights of the engine may be replaced.")]
+AllowFallback = Annotated[
+    bool,
+    typer.Option(
+        "--allow-fallback", help="Keep an engine whose quantized linears run in FP16 or FP32."
+    ),
+]
+RequireEngine = Annotated[
+    bool,
+    typer.Option("--require-engine", help="Stop with exit code 2 where no engine can be built."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only errors.")]
 Config = Annotated[
@@ -197,6 +264,10 @@ Examples:
   --reference VIRTUAL_imagenet256.npz --fid-samples 10000
 
   qdit-export --bits w4a8 --search sensitivity --budget effective-bits=g128 --pareto
+
+  qdit-export --bits w8a8 --group-size channel --target tensorrt-int8 --tensorrt-version 8.6
+
+  qdit-export facebook/DiT-XL-2-256 --bits w4a8 --device cuda --target tensorrt --require-engine
 
   qdit-export --bits w4a8 --dry-run
 
@@ -273,8 +344,22 @@ def _export(
     fid_features: FidFeatures = None,
     reference: Reference = None,
     max_fid_increase: MaxFidIncrease = None,
-    dtype: Annotated[str, typer.Option(help="Compute type of the ONNX file.")] = "float32",
-    opset: Annotated[int, typer.Option(help="ONNX opset, 21 … 24.")] = 21,
+    dtype: Annotated[str, typer.Option(help="Compute type of model.onnx.")] = "float32",
+    opset: Annotated[int, typer.Option(help="ONNX opset of model.onnx, 21 … 24.")] = 21,
+    target: TargetList = "",
+    on_unsupported: OnUnsupported = "stop",
+    tensorrt_version: TensorRtVersion = None,
+    static_scales: StaticScales = "mse",
+    smooth: Smooth = None,
+    batch_profile: BatchProfileOption = "1/8/32",
+    optimization_level: OptimizationLevel = None,
+    workspace_mib: WorkspaceMib = None,
+    hardware_compatible: HardwareCompatible = False,
+    version_compatible: VersionCompatible = False,
+    weight_streaming: WeightStreaming = False,
+    refit: Refit = False,
+    allow_fallback: AllowFallback = False,
+    require_engine: RequireEngine = False,
     device: Device = "auto",
     batch_size: BatchSize = None,
     threads: Threads = None,

@@ -16,6 +16,8 @@ from .export_job import default_output, prepare
 from .options import ExportOptions
 from .search.forecast import forecast
 from .search.job import search_budget
+from .targets.choice import choose
+from .tensorrt.target import no_engine_reason
 
 _MEGA = 1e6
 
@@ -30,6 +32,7 @@ def dry_run(options: ExportOptions, progress: Progress) -> Group:
     return Group(
         f"{model.name} → {output} (dry run: nothing is written)",
         *searched,
+        *_target_lines(options, model),
         _plan_table(model, plan),
         _size_table(model, plan),
         _time_table(predicted),
@@ -46,6 +49,18 @@ def _search_line(options: ExportOptions, model: DiffusionModel, plan: Quantizati
         f"search: {options.search_method}, at most {budget.value:.6g} {costs.unit}; {measured}"
         f"{counts.plans} plans judged by images. Below: the plan of the flags"
     )
+
+
+def _target_lines(options: ExportOptions, model: DiffusionModel) -> list[str]:
+    """Which files of other runtimes there would be, and whether engines."""
+    if not options.target or options.search_method != "none":
+        return []
+    choice = choose(options, options.plan_for(model), model.linears)
+    why = no_engine_reason(choice.features)
+    engines = f"no engine: {why}" if why else "engines are built"
+    version = choice.features.version
+    names = ", ".join(choice.targets) or "none beside model.onnx"
+    return [f"targets: {names}, for TensorRT {version}; {engines}", *choice.notes]
 
 
 def _plan_table(model: DiffusionModel, plan: QuantizationPlan) -> Table:

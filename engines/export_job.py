@@ -21,7 +21,6 @@ from ..calibrate.trajectories import (
     collect_calibration_set,
 )
 from ..errors import InputError, StepError
-from ..export.capabilities import check as check_capabilities
 from ..export.opsets import check_opset
 from ..export.qdq import export_qdq
 from ..memory import release_memory
@@ -32,7 +31,11 @@ from .options import ExportOptions
 from .proof_engine import OnnxRuntimeProof
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SearchEntry
+from .report.targets_schema import TargetEntry
 from .search.job import SearchJob, check_search, find_plan, forget_search
+from .smoothing import smooth_for_calibration
+from .targets.choice import Choice, choose
+from .targets.job import TargetJob, check_engine, write_targets
 from .workspace import Workspace
 
 
@@ -66,21 +69,36 @@ def prepare(options: ExportOptions, progress: Progress) -> tuple[DiffusionModel,
     """Load the model, build the plan and refuse what no step later could do."""
     check_opset(options.opset)
     options.check_search()
+    options.check_targets()
+    if options.smooth is not None and options.search_method != "none":
+        raise InputError(
+            f"a search measures the model without smoothing, got --smooth {options.smooth:g} and "
+            f"--search {options.search_method}; leave one of them out"
+        )
     device = resolve_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load_model(options.model, device=device, seed=options.seed)
     plan = options.plan_for(model)
-    refusals = check_capabilities(plan, model.linears, "qdq")
-    if refusals:
-        first = refusals[0]
-        raise InputError(f"target qdq cannot run {first.layer}: {first.reason}")
+    if options.search_method == "none":
+        plan = chosen_targets(options, model, plan, progress).plan
     progress.say(
         f"{model.name}: {model.parameter_count() / 1e6:.1f} M parameters on {device}, "
         f"{len(model.linears)} linears to {options.bits} "
         f"({plan.effective_weight_bits(model.linears):.3f} effective weight bits)"
     )
     return model, plan
+
+
+def chosen_targets(
+    options: ExportOptions, model: DiffusionModel, plan: QuantizationPlan, progress: Progress
+) -> Choice:
+    """What `--target` comes to for a plan, said in words; refused here where it cannot be had."""
+    choice = choose(options, plan, model.linears)
+    check_engine(options, choice)
+    for note in choice.notes:
+        progress.say(note)
+    return choice
 
 
 def run_export(options: ExportOptions, command: str, progress: Progress) -> bool:
@@ -102,6 +120,8 @@ def run_export(options: ExportOptions, command: str, progress: Progress) -> bool
         made.batch_size,
         progress,
         search=made.search,
+        targets=made.targets,
+        warnings=made.notes,
     )
     return prove_and_report(proof, command)
 
@@ -119,10 +139,15 @@ class Exported:
     device: str
     batch_size: int
     search: SearchEntry | None = None
+    targets: tuple[TargetEntry, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
-    """Load, quantize and write the checkpoint and `model.onnx`; finished steps are reused."""
+    """Load, quantize, write the checkpoint, `model.onnx` and the targets' files and engines.
+
+    Finished steps are reused.
+    """
     model, plan = prepare(options, progress)
     output = options.output or default_output(options, model)
     _check_output(output)
@@ -131,11 +156,46 @@ def quantize_and_export(options: ExportOptions, progress: Progress) -> Exported:
         forget_search(output)
     else:
         job = with_plan_found(job)
+    choice = choose(options, _plan_before_targets(job), model.linears)
+    job = replace(job, plan=choice.plan)
+    # collected before quantization, which replaces the model's linears
+    samples = calibration_of(job) if choice.needs_scales else None
     checkpoint = quantize(job)
     path = export_onnx(job, checkpoint)
+    targets = write_targets(_target_job(job, choice, checkpoint, samples))
     if job.workspace.reused:
         progress.say(f"reused finished steps: {', '.join(job.workspace.reused)}")
-    return Exported(checkpoint, path, job.workspace, str(model.device), job.batch_size, job.search)
+    return Exported(
+        checkpoint,
+        path,
+        job.workspace,
+        str(model.device),
+        job.batch_size,
+        job.search,
+        targets,
+        choice.notes,
+    )
+
+
+def _plan_before_targets(job: Job) -> QuantizationPlan:
+    """The plan of the flags or of the search, before a target degrades it."""
+    return job.options.plan_for(job.model) if job.search is None else job.plan
+
+
+def _target_job(
+    job: Job, choice: Choice, checkpoint: QuantizedCheckpoint, samples: CalibrationSet | None
+) -> TargetJob:
+    return TargetJob(
+        job.options,
+        choice,
+        checkpoint,
+        samples,
+        job.workspace,
+        str(job.model.device),
+        job.batch_size,
+        job.options.threads,
+        job.progress,
+    )
 
 
 def with_plan_found(job: Job) -> Job:
@@ -156,13 +216,17 @@ def calibration_of(job: Job) -> CalibrationSet:
 def quantize(job: Job) -> QuantizedCheckpoint:
     """Calibrate and quantize; the checkpoint lands in the output folder."""
     inputs = _quantize_inputs(job)
-    calibrating = job.options.weights == "gptq"
+    calibrating = job.options.weights == "gptq" or job.options.smooth is not None
     calibration_folder = _calibrate(job) if calibrating else None
 
     def work(folder: Path) -> None:
         calibration = None
         if calibration_folder is not None:
             calibration = _calibration_set(job, calibration_folder)
+        if job.options.smooth is not None:
+            smooth_for_calibration(
+                job.model, calibration, job.options.smooth, job.batch_size, job.progress
+            )
         result = quantize_model(
             job.model,
             job.plan,
@@ -254,7 +318,9 @@ def _quantize_inputs(job: Job) -> dict[str, Any]:
         "plan": job.plan.to_json(),
         "weights": options.weights,
     }
-    if options.weights == "gptq":
+    if options.smooth is not None:
+        inputs["smooth"] = options.smooth
+    if options.weights == "gptq" or options.smooth is not None:
         inputs |= {"sampling": asdict(options.sampling()), "samples": options.calib_samples}
     return inputs
 
@@ -262,7 +328,9 @@ def _quantize_inputs(job: Job) -> dict[str, Any]:
 def _provenance(job: Job) -> dict[str, Any]:
     options = job.options
     provenance: dict[str, Any] = {"weights": options.weights, "seed": options.seed}
-    if options.weights == "gptq":
+    if options.smooth is not None:
+        provenance["smooth"] = options.smooth
+    if options.weights == "gptq" or options.smooth is not None:
         provenance["calibration"] = asdict(options.sampling()) | {"samples": options.calib_samples}
     return provenance
 

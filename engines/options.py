@@ -23,6 +23,7 @@ from ..calibrate.schemes import (
     preset_bits,
 )
 from ..errors import InputError
+from .targets.options import TargetOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -203,7 +204,7 @@ _READ_BY: dict[str, tuple[SearchMethod, ...]] = {
 }
 
 
-class ExportOptions(SchemeOptions, ProofOptions, SearchOptions):
+class ExportOptions(SchemeOptions, ProofOptions, SearchOptions, TargetOptions):
     """Everything `qdit-export` takes."""
 
     model: str | None = None

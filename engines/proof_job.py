@@ -26,6 +26,7 @@ from .parity_inputs import record_trajectories
 from .proof_engine import ProofEngine
 from .report.build import Proof, build_report
 from .report.search_schema import SearchEntry
+from .report.targets_schema import TargetEntry, files_of
 from .report.write import write_report
 from .workspace import Workspace
 
@@ -39,7 +40,8 @@ ONNX_NAME = "model.onnx"
 class ProofJob:
     """What the steps of a proof share: `full` precision, and the `engine` that it became.
 
-    `search` is how the plan was found, for the report; None where it was given.
+    `search` is how the plan was found, None where it was given; `targets` are the files of other
+    runtimes that lie beside, and `warnings` what was decided on the way: all for the report.
     """
 
     full: FullPrecision
@@ -50,6 +52,8 @@ class ProofJob:
     batch_size: int
     progress: Progress
     search: SearchEntry | None = None
+    targets: tuple[TargetEntry, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def model(self) -> DiffusionModel:
@@ -196,6 +200,7 @@ def _fid(images: PairedImages | None, files: FidFiles, job: ProofJob) -> FidDiff
 def _write(job: ProofJob, proof: Proof, images: PairedImages | None, command: str) -> None:
     output = job.workspace.output
     names = ["qdit.json", "weights.safetensors", ONNX_NAME, f"{ONNX_NAME}.data"]
+    names += [name for target in job.targets for name in files_of(target)]
     files = [output / name for name in names if (output / name).is_file()]
     report = build_report(
         job.model,
@@ -207,7 +212,9 @@ def _write(job: ProofJob, proof: Proof, images: PairedImages | None, command: st
         machine=describe_machine(),
         output=output,
         files=files,
+        warnings=job.warnings,
         search=job.search,
+        targets=job.targets,
     )
     full, quantized, captions = None, None, []
     if images is not None:

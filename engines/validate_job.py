@@ -19,6 +19,7 @@ from .options import ValidateOptions
 from .proof_engine import OnnxRuntimeProof, ProofEngine, TorchProof
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
+from .report.targets_schema import TARGETS_NAME, read_targets
 from .workspace import Workspace
 
 
@@ -32,6 +33,7 @@ def run_validate(
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
+    targets = read_targets(folder / TARGETS_NAME)
     source = checkpoint.source
     full = FullPrecision(
         partial(load_model, model or source.location, device=device, seed=source.seed or 0)
@@ -52,6 +54,7 @@ def run_validate(
         options.batch_size or default_batch_size(device),
         progress,
         search=search,
+        targets=targets,
     )
     return prove_and_report(job, command)
 

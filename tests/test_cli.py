@@ -191,6 +191,14 @@ def test_dry_run_says_what_would_be_searched(
         (["--config", "/nowhere.toml"], r"cannot read the config file"),
         (["--no-such-flag"], r"No such option: --no-such-flag"),
         (["--fid-features", "/nowhere.onnx"], r"no such file: /nowhere.onnx"),
+        (
+            ["--group-size", "32", "--require-engine", "--target", "tensorrt"],
+            r"--require-engine: no TensorRT engine can be built",
+        ),
+        (
+            ["--group-size", "32", "--target", "tensorrt-int8", "--tensorrt-version", "10"],
+            r"tensorrt-int8 cannot run .*use --group-size channel.*--on-unsupported degrade",
+        ),
     ],
     ids=lambda value: value[-2] if isinstance(value, list) and len(value) > 1 else "",
 )

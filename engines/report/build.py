@@ -44,6 +44,7 @@ from .schema import (
     WorstEntry,
 )
 from .search_schema import SearchEntry
+from .targets_schema import TargetEntry
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,13 @@ def build_report(
     warnings: Sequence[str] = (),
     created: datetime | None = None,
     search: SearchEntry | None = None,
+    targets: Sequence[TargetEntry] = (),
 ) -> Report:
     """Assemble the report of one export.
 
     `model` is the full-precision model; `machine` is `describe_machine()`; `files` lie under
-    `output` and are hashed here; `search` is how the plan was found, if by a search.
+    `output` and are hashed here; `search` is how the plan was found, if by a search; `targets` are
+    the files and engines of other runtimes.
     """
     facts = dict(machine)
     versions = facts.pop("versions", {})
@@ -103,6 +106,7 @@ def build_report(
         versions=versions,
         warnings=tuple(warnings),
         search=search,
+        targets=tuple(targets),
         integer_scales=integer_scales_entry(checkpoint.plan, checkpoint.linears, plan.layers),
     )
 

@@ -19,6 +19,7 @@ from .schema import CheckEntry, Report
 from .search_plots import search_plots
 from .search_text import front_note, plan_table, sentences
 from .svg import Picture
+from .targets_text import target_views
 
 _TEMPLATE = "report.html.j2"
 _STYLE = "report.css"
@@ -83,6 +84,7 @@ def render(report: Report, samples: Samples | None) -> str:
         search_note="" if report.search is None else front_note(report.search),
         search_table=None if report.search is None else plan_table(report.search),
         integer_scales_text=integer_scales_text(report),
+        targets=target_views(report),
         layers_note=_layers_note(report),
         tall_layers=len({layer.block for layer in report.plan.layers}) > MOST_LABELLED_BLOCKS,
         machine=_machine_rows(report),

@@ -15,6 +15,7 @@ from ...errors import ArtifactError, InputError
 from ...files import write_json
 from .entry import Entry, first_problem
 from .search_schema import SearchEntry
+from .targets_schema import TargetEntry
 
 SCHEMA_VERSION: Literal[2] = 2
 NAME = "report.json"
@@ -270,7 +271,7 @@ class Report(Entry):
     """The whole of report.json. `timings_s` is by step of the job, in seconds.
 
     `search` is null where the plan was given and not searched for, `integer_scales` where no linear
-    has any.
+    has any; `targets` holds the files of other runtimes, and their engines.
     """
 
     schema_version: Literal[2] = SCHEMA_VERSION
@@ -286,6 +287,7 @@ class Report(Entry):
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
     search: SearchEntry | None = None
+    targets: tuple[TargetEntry, ...] = ()
     integer_scales: IntegerScalesEntry | None = None
 
     def write(self, path: Path) -> None:

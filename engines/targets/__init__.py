@@ -1,0 +1,1 @@
+"""The files and engines that `--target` asks for, beside the reference `model.onnx`."""
