@@ -50,8 +50,14 @@ class TargetJob:
 
 
 def check_engine(options: TargetOptions, choice: Choice) -> None:
-    """Raise `InputError` where `--require-engine` asks for what this machine cannot build."""
+    """Raise `InputError` for engines that cannot be built as asked: by no machine, or, with
+    `--require-engine`, by this one."""
     options.build_settings().check(choice.features)
+    if options.hardware_compatible and "tensorrt-plugin" in choice.targets:
+        raise InputError(
+            "tensorrt-plugin embeds kernels of one GPU architecture, got --hardware-compatible; "
+            "leave it out, or choose another target"
+        )
     if not options.require_engine:
         return
     if why := no_engine_reason(choice.features):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,17 @@ class TensorRtFiles:
             self.settings,
             self.features,
             self.progress,
+            plugins=plugins_of(target),
         )
+
+
+def plugins_of(target: str) -> Callable[[], str]:
+    """What registers the plugins of a target's file and returns the digest of their code."""
+    if target != "tensorrt-plugin":
+        return str
+    from .plugin.register import register_plugins  # the kernels' driver needs torch with CUDA
+
+    return register_plugins
 
 
 def no_engine_reason(features: Features) -> str:

@@ -182,6 +182,12 @@ __device__ __forceinline__ void quantize_in_shared(
             if constexpr (kAsymmetric) zeros[static_cast<long long>(group) * rows + place_of_scale(row)] = zero - kShift;
         }
     }
+    // Groups of padding are multiplied by zeros, and must be numbers for that, whoever owns the memory.
+    constexpr int kAllGroups = (kPanels * 128 + kGroup - 1) / kGroup;
+    for (int group = kGroups + lane; group < kAllGroups; group += 32) {
+        scales[static_cast<long long>(group) * rows + place_of_scale(row)] = 0.0f;
+        if constexpr (kAsymmetric) zeros[static_cast<long long>(group) * rows + place_of_scale(row)] = 0.0f;
+    }
     __syncwarp();
     if constexpr (kSumGroup > 0) {
         for (int part = 0; part < kPanels * 128 / kSumGroup; ++part) {

@@ -182,3 +182,10 @@ def test_weight_streaming_is_refused_before_any_work(model: DiffusionModel) -> N
     choice = choose(wanted, plan_of(model, W8A8), model.linears)
     with pytest.raises(InputError, match="weight streaming needs TensorRT 10"):
         check_engine(wanted, choice)
+
+
+def test_plugins_for_every_gpu_are_refused(model: DiffusionModel) -> None:
+    wanted = options(target="tensorrt-plugin", tensorrt_version="11", hardware_compatible=True)
+    choice = choose(wanted, plan_of(model, W4A8), model.linears)
+    with pytest.raises(InputError, match="kernels of one GPU architecture"):
+        check_engine(wanted, choice)
