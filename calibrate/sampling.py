@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..progress import Progress, Silent
-from .families.base import Denoiser
+from .families.base import Denoiser, Family
 from .model import DiffusionModel
 from .schedulers import make_scheduler, set_steps
 
@@ -85,15 +85,17 @@ def sample_images(
     """
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, got {batch_size}")
-    steps = len(set_steps(_scheduler(model, settings), settings.num_inference_steps))
+    facts = SampledModel.of(model)
+    scheduler = make_scheduler(model.scheduler_config, settings.scheduler)
+    steps = len(set_steps(scheduler, settings.num_inference_steps))
     batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     finished: list[Tensor] = []
 
     def run() -> Iterator[None]:
         for batch in batches:
-            trajectory = _Trajectory(model, denoiser, settings, batch, torch.device(device))
-            for position in range(steps):
-                trajectory.step(position, on_step)
+            trajectory = Trajectory(facts, settings, batch, device)
+            while trajectory.steps_left:
+                _take_step(trajectory, denoiser, on_step)
                 yield
             finished.append(trajectory.x.cpu())
 
@@ -102,55 +104,129 @@ def sample_images(
     return torch.cat(finished) if finished else torch.empty((0, *model.sample_shape))
 
 
-class _Trajectory:
-    """One batch on its way from noise to sample, with a scheduler of its own: they keep state."""
+@dataclass(frozen=True)
+class SampledModel:
+    """What sampling needs to know of a model: no weights.
+
+    `sample_shape` is [C, H, W] of one noise sample.
+    """
+
+    sample_shape: tuple[int, ...]
+    class_count: int
+    null_label: int
+    scheduler_config: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: DiffusionModel) -> SampledModel:
+        """The facts of a loaded model."""
+        return cls.of_outline(model.family, model.denoiser, model.scheduler_config)
+
+    @classmethod
+    def of_outline(
+        cls, family: Family, outline: nn.Module, scheduler_config: dict[str, Any]
+    ) -> SampledModel:
+        """The facts of a denoiser that may lie on the meta device."""
+        return cls(
+            family.inputs(outline)[0].shape,
+            family.class_count(outline),
+            family.null_label(outline),
+            scheduler_config,
+        )
+
+
+class Trajectory:
+    """Samples on their way from noise to image, with a scheduler of their own: they keep state.
+
+    The caller runs the denoiser: `rows` is what it must predict for next, `advance` takes the
+    prediction. So one engine call may serve trajectories at different steps.
+    """
 
     def __init__(
         self,
-        model: DiffusionModel,
-        denoiser: Denoiser,
+        model: SampledModel,
         settings: SamplingSettings,
         indices: Sequence[int],
-        device: torch.device,
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.denoiser = denoiser
         self.guidance = settings.guidance_scale
-        self.scheduler = _scheduler(model, settings)
+        self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler)
         self.timesteps = set_steps(self.scheduler, settings.num_inference_steps)
-        self.options = _step_options(self.scheduler, indices, settings.seed)
-        family = model.family
-        self.labels = labels_for(indices, family.class_count(model.denoiser)).to(device)
-        self.null_labels = torch.full_like(self.labels, family.null_label(model.denoiser))
+        self.position = 0  # of the step that `rows` asks for
+        self._options = _step_options(self.scheduler, indices, settings.seed)
+        self._labels = labels_for(indices, model.class_count).to(device)
+        self._null_labels = torch.full_like(self._labels, model.null_label)
         noise = initial_noise(indices, model.sample_shape, settings.seed).to(device)
         self.x: Tensor = noise * float(self.scheduler.init_noise_sigma)
+        self._input: Tensor | None = None  # of this step, once it was asked for
+        self._last: tuple[Tensor, Tensor, int] | None = None  # input, prediction, timestep
+
+    @property
+    def steps_left(self) -> int:
+        return len(self.timesteps) - self.position
+
+    @property
+    def row_count(self) -> int:
+        """Rows of one denoiser call: two a sample under guidance, else one."""
+        return len(self.x) if self.guidance == 1.0 else 2 * len(self.x)
+
+    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The denoiser's inputs: x [row_count, C, H, W], timesteps and labels [row_count].
+
+        Under guidance the conditional half comes first.
+        """
+        x, labels = self._scaled_input(), self._labels
+        if self.guidance != 1.0:
+            x, labels = torch.cat([x, x]), torch.cat([labels, self._null_labels])
+        return x, torch.full_like(labels, self.timesteps[self.position]), labels
 
     @torch.no_grad()
-    def step(self, position: int, on_step: OnStep | None) -> None:
-        """Predict the noise at this step's timestep and let the scheduler move `x`."""
-        timestep = self.timesteps[position]
+    def advance(self, prediction: Tensor) -> None:
+        """Take one step by the noise predicted for `rows` [row_count, C, H, W]."""
+        seen, epsilon = self._scaled_input(), prediction.to(self.x)
+        if self.guidance != 1.0:
+            with_label, without = epsilon.chunk(2)
+            epsilon = without + self.guidance * (with_label - without)
         # the scheduler's own tensor: its steps look themselves up by it
-        own_timestep = self.scheduler.timesteps[position]
-        x = self.scheduler.scale_model_input(self.x, own_timestep)
-        if on_step is not None:
-            on_step(position, timestep, x, self.labels)
-        epsilon = self._predict(x, timestep)
-        step = self.scheduler.step(epsilon, own_timestep, self.x, **self.options)
-        self.x = step.prev_sample
+        own_timestep = self.scheduler.timesteps[self.position]
+        step = self.scheduler.step(epsilon, own_timestep, self.x, **self._options)
+        self._last = seen, epsilon, self.timesteps[self.position]
+        self.x, self._input = step.prev_sample, None
+        self.position += 1
 
-    def _predict(self, x: Tensor, timestep: int) -> Tensor:
-        count = len(x)
-        if self.guidance == 1.0:
-            timesteps = torch.full_like(self.labels, timestep)
-            return self.denoiser(x, timesteps, self.labels).to(x)
-        labels = torch.cat([self.labels, self.null_labels])
-        timesteps = torch.full_like(labels, timestep)
-        both = self.denoiser(torch.cat([x, x]), timesteps, labels).to(x)
-        with_label, without = both[:count], both[count:]
-        return without + self.guidance * (with_label - without)
+    def _scaled_input(self) -> Tensor:
+        """x [n, C, H, W] as this scheduler's denoiser wants to see it."""
+        if self._input is None:
+            own_timestep = self.scheduler.timesteps[self.position]
+            self._input = self.scheduler.scale_model_input(self.x, own_timestep)
+        return self._input
+
+    @torch.no_grad()
+    def foreseen(self) -> Tensor:
+        """The finished samples as the last step foresaw them, [n, C, H, W]; before it the noise.
+
+        (x − √(1−ᾱ) ε) / √ᾱ: 'predicted x0' of Song et al., arXiv 2010.02502, equation 12. It is
+        the same for every scheduler, since the scaled input is always the variance-preserving one.
+        """
+        if self._last is None:
+            return self.x
+        x, prediction, timestep = self._last
+        alpha = self.scheduler.alphas_cumprod[timestep].to(x)
+        signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+        kind = self.scheduler.config.prediction_type
+        if kind == "sample":
+            return prediction
+        if kind == "v_prediction":
+            return signal * x - noise * prediction
+        return (x - noise * prediction) / signal
 
 
-def _scheduler(model: DiffusionModel, settings: SamplingSettings) -> Any:
-    return make_scheduler(model.scheduler_config, settings.scheduler)
+@torch.no_grad()
+def _take_step(trajectory: Trajectory, denoiser: Denoiser, on_step: OnStep | None) -> None:
+    x, timesteps, labels = trajectory.rows()
+    if on_step is not None:
+        count = len(trajectory.x)
+        on_step(trajectory.position, int(timesteps[0]), x[:count], labels[:count])
+    trajectory.advance(denoiser(x, timesteps, labels))
 
 
 def _step_options(scheduler: Any, indices: Sequence[int], seed: int) -> dict[str, Any]:

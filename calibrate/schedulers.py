@@ -39,9 +39,13 @@ def set_steps(scheduler: Any, num_inference_steps: int) -> list[int]:
     """Prepare `scheduler` for so many steps; the original timesteps (0 … 999) it will visit.
 
     Some schedulers visit more timesteps than steps asked for (Heun). Raises `InputError` where a
-    timestep is not whole: the denoisers take integers.
+    timestep is not whole (the denoisers take integers), and for a number of steps that the
+    scheduler cannot take (PNDM below 4, DPM-Solver++ from 1000 on).
     """
-    scheduler.set_timesteps(num_inference_steps)
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except (ValueError, IndexError, AssertionError, RuntimeError) as error:
+        raise _cannot_take(scheduler, num_inference_steps, str(error)) from error
     values = [float(value) for value in scheduler.timesteps]
     for value in values:
         if not value.is_integer():
@@ -50,4 +54,15 @@ def set_steps(scheduler: Any, num_inference_steps: int) -> list[int]:
                 f"{type(scheduler).__name__} with {num_inference_steps} steps; "
                 f"use timestep_spacing 'leading' or {DEFAULT_SCHEDULER}"
             )
+    if num_inference_steps > 1 and len(set(values)) == 1:
+        # the spacing was rounded to 0: diffusers' multistep solvers at as many steps as in training
+        raise _cannot_take(scheduler, num_inference_steps, "it would visit one timestep only")
     return [int(value) for value in values]
+
+
+def _cannot_take(scheduler: Any, steps: int, reason: str) -> InputError:
+    reason = f": {reason}" if reason else ""
+    return InputError(
+        f"{type(scheduler).__name__} cannot take {steps} steps{reason}; "
+        f"use another number or {DEFAULT_SCHEDULER}"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from qdit.calibrate.families import family_named
 from qdit.calibrate.model import DiffusionModel, ModelSource
 from qdit.calibrate.sampling import (
+    SampledModel,
     SamplingSettings,
+    Trajectory,
     decode_images,
     initial_noise,
     labels_for,
@@ -274,6 +277,52 @@ class TestSteps:
         draw(MODEL.as_denoiser(), SamplingSettings(1, 1.0, 0), count=1).add_(1)
 
 
+class TestTrajectory:
+    """One sample at a time, the caller runs the denoiser: what serving does."""
+
+    @pytest.mark.parametrize("guidance", [1.0, 3.0])
+    def test_rows_and_advance_are_the_sampling_loop(self, guidance: float) -> None:
+        settings = SamplingSettings(5, guidance, 3, "DPMSolverMultistepScheduler")
+        trajectory = Trajectory(SampledModel.of(MODEL), settings, [4, 2])
+        assert trajectory.row_count == (2 if guidance == 1.0 else 4)
+        while trajectory.steps_left:
+            trajectory.advance(MODEL.as_denoiser()(*trajectory.rows()))
+        whole = sample_images(
+            MODEL, MODEL.as_denoiser(), settings, [4, 2], batch_size=2, device="cpu"
+        )
+        assert torch.equal(trajectory.x, whole)
+
+    @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+    def test_foresees_what_ddim_predicts(self, kind: str) -> None:
+        config = default_scheduler_config() | {"prediction_type": kind}
+        facts = replace(SampledModel.of(MODEL), scheduler_config=config)
+        trajectory = Trajectory(facts, SamplingSettings(5, 1.0, 3), [0])
+        assert torch.equal(trajectory.foreseen(), trajectory.x)
+        x, timesteps, _ = trajectory.rows()
+        output = (x * 0.7).tanh()
+        theirs = make_scheduler(config)
+        theirs.set_timesteps(5)
+        expected = theirs.step(output, timesteps[0], x).pred_original_sample
+        trajectory.advance(output)
+        torch.testing.assert_close(trajectory.foreseen(), expected)
+
+    @pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+    def test_foresees_the_image_with_schedulers_that_scale_or_remember(
+        self, scheduler: str
+    ) -> None:
+        target = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, *SHAPE)
+        alphas = DDIMScheduler.from_config(MODEL.scheduler_config).alphas_cumprod
+        trajectory = Trajectory(
+            SampledModel.of(MODEL), SamplingSettings(10, 1.0, 0, scheduler), [0]
+        )
+        while trajectory.steps_left:
+            x, timestep, _ = trajectory.rows()
+            alpha = alphas[timestep][:, None, None, None]
+            trajectory.advance((x - alpha.sqrt() * target) / (1 - alpha).sqrt())
+            # float32 rounding of x over the smallest signal, √ᾱ at the first step: 1e-7 / 0.006
+            assert (trajectory.foreseen() - target).abs().max() < 1e-3
+
+
 class TestLabels:
     def test_in_turn(self) -> None:
         assert labels_for([0, 1, 2, 3, 9], 3).tolist() == [0, 1, 2, 0, 0]
@@ -332,6 +381,14 @@ class TestRefusals:
         settings = SamplingSettings(7, 1.0, 0, "EulerDiscreteScheduler")
         with pytest.raises(InputError, match=r"whole numbers, got .*timestep_spacing 'leading'"):
             sample_images(model, model.as_denoiser(), settings, [0], batch_size=1, device="cpu")
+
+    @pytest.mark.parametrize(
+        ("scheduler", "steps"), [("PNDMScheduler", 3), ("DPMSolverMultistepScheduler", 1000)]
+    )
+    def test_steps_that_a_scheduler_cannot_take(self, scheduler: str, steps: int) -> None:
+        settings = SamplingSettings(steps, 1.0, 0, scheduler)
+        with pytest.raises(InputError, match=f"{scheduler} cannot take {steps} steps"):
+            sample_images(MODEL, MODEL.as_denoiser(), settings, [0], batch_size=1, device="cpu")
 
     def test_batch_size(self) -> None:
         with pytest.raises(InputError, match="batch size must be at least 1, got 0"):
