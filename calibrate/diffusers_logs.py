@@ -22,3 +22,10 @@ _FILTER = _EmptyList()
 def silence_needless_warnings() -> None:
     """Install the filter; calling it again changes nothing."""
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_FILTER)
+
+
+def silence_schedulers() -> None:
+    """Keep schedulers from noting what they change in a config, once for every trajectory."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()

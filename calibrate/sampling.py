@@ -240,7 +240,6 @@ def _step_options(scheduler: Any, indices: Sequence[int], seed: int) -> dict[str
     return {"generator": [torch.Generator().manual_seed(int(value[0])) for value in seeds]}
 
 
-@torch.no_grad()
 def decode_images(
     model: DiffusionModel,
     samples: Tensor,
@@ -253,20 +252,33 @@ def decode_images(
     Latents go through the model's VAE, in batches; pixels are clamped. Raises `InputError` for
     latents without a VAE.
     """
-    if model.vae is None:
-        if samples.shape[1] != 3:
-            raise InputError(
-                f"samples of {samples.shape[1]} channels are latents and need a VAE to become "
-                f"images; put an AutoencoderKL as vae/ beside the model {model.name}"
-            )
+    if model.vae is None and samples.shape[1] != 3:
+        raise InputError(
+            f"samples of {samples.shape[1]} channels are latents and need a VAE to become "
+            f"images; put an AutoencoderKL as vae/ beside the model {model.name}"
+        )
+    return decode_samples(model.vae, samples, batch_size, progress=progress)
+
+
+@torch.no_grad()
+def decode_samples(
+    vae: nn.Module | None,
+    samples: Tensor,
+    batch_size: int,
+    *,
+    progress: Progress | None = None,
+) -> Tensor:
+    """As `decode_images`; without a VAE `samples` [n, 3, H, W] are pixels."""
+    if vae is None:
         return samples.float().cpu().clamp(-1, 1)
     if batch_size < 1:
         raise InputError(f"the batch size must be at least 1, got {batch_size}")
-    vae: Any = model.vae
+    decoder: Any = vae
     batches = samples.split(batch_size)
     images = []
     for batch in (progress or Silent()).track(batches, "decoding", total=len(batches)):
         # times the reciprocal, as diffusers' pipeline does: the same bits
-        latents = batch.to(device=vae.device, dtype=vae.dtype) * (1 / vae.config.scaling_factor)
-        images.append(vae.decode(latents).sample.float().cpu().clamp(-1, 1))
+        scale = 1 / decoder.config.scaling_factor
+        latents = batch.to(device=decoder.device, dtype=decoder.dtype) * scale
+        images.append(decoder.decode(latents).sample.float().cpu().clamp(-1, 1))
     return torch.cat(images)

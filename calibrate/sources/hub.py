@@ -19,13 +19,13 @@ _COMPONENTS = ("transformer", "vae")
 
 def load(model_id: str, *, device: torch.device | str, blocks: int | None) -> DiffusionModel:
     """Load `model_id` ('facebook/DiT-XL-2-256'); files that the cache has are not fetched again."""
-    folder = _fetch(model_id)
+    folder = fetch(model_id)
     model = diffusers_folder.load(folder, device=device, blocks=blocks)
     source = ModelSource("diffusers", model_id, model.source.sha256)
     return replace(model, name=model_id, source=source)
 
 
-def _fetch(model_id: str) -> Path:
+def fetch(model_id: str) -> Path:
     """The snapshot folder in the local cache; safetensors are preferred to pickles."""
     from huggingface_hub import snapshot_download
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import InputError
+from ..model import ModelSource
 from .weight_files import read_json
 from .weights_only import first_line
 
@@ -28,3 +29,23 @@ def load_vae(folder: Path, device: torch.device | str) -> nn.Module | None:
     except Exception as error:  # diffusers raises many kinds for a broken folder
         raise InputError(f"cannot load the VAE in {folder}: {first_line(error)}") from error
     return vae.eval().requires_grad_(False).to(device)
+
+
+def vae_of_source(source: ModelSource, device: torch.device | str) -> nn.Module | None:
+    """The VAE beside a model that was loaded before: of a folder, a `.pt` file or a Hub id.
+
+    None where the model has none (the demo, random weights) or its place is gone.
+    """
+    if source.kind not in ("diffusers", "original-dit"):
+        return None
+    path = Path(source.location).expanduser()
+    if path.is_dir():
+        folder = path if (path / "transformer").is_dir() else path.parent
+        return load_vae(folder / "vae", device)
+    if path.is_file():
+        return load_vae(path.parent / "vae", device)
+    from . import hub
+
+    if not path.is_absolute():
+        return load_vae(hub.fetch(source.location) / "vae", device)
+    return None

@@ -1,0 +1,116 @@
+"""The engines at hand for an exported folder: one line each, best first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..calibrate.families.base import Denoiser, Family
+from ..errors import InputError
+from .engine import Engine
+
+AUTO = "auto"
+
+
+class SamplingEngine(Engine, Protocol):
+    """An engine that the sampling loop can call."""
+
+    def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
+        """This engine as a denoiser; `config` is the denoiser's."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """Where an engine is to run. `device`: auto, cpu, cuda or cuda:N; `threads`: of the CPU."""
+
+    device: str = AUTO
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """A way to run an exported folder.
+
+    * `obstacle`: why this kind cannot run the folder on this machine, or None;
+    * `open`: load it; raises `InputError` where it cannot after all;
+    * `batch_sizes`: sizes that callers should pad to, ascending, where every new size costs a
+      capture or a build; empty where any size will do.
+    """
+
+    name: str
+    summary: str
+    obstacle: Callable[[Path, EngineSettings], str | None]
+    open: Callable[[Path, EngineSettings], SamplingEngine]
+    batch_sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpenedEngine:
+    """An engine and the kind that it is of."""
+
+    kind: EngineKind
+    engine: SamplingEngine
+
+
+def open_engine(
+    folder: Path,
+    name: str = AUTO,
+    settings: EngineSettings | None = None,
+    *,
+    say: Callable[[str], None] = lambda message: None,
+) -> OpenedEngine:
+    """Open the engine called `name`, or with 'auto' the best that opens.
+
+    `say` hears why better ones were passed over. Raises `InputError` with every reason where none
+    will do.
+    """
+    settings = settings or EngineSettings()
+    if name != AUTO:
+        kind = _kind_named(name)
+        if obstacle := kind.obstacle(folder, settings):
+            raise InputError(f"engine {name} cannot run {folder}: {obstacle}")
+        return OpenedEngine(kind, kind.open(folder, settings))
+    reasons = []
+    for kind in _kinds():
+        opened, reason = _try_open(kind, folder, settings)
+        if opened is not None:
+            return opened
+        reasons.append(f"{kind.name}: {reason}")
+        say(f"engine {kind.name} passed over: {reason}")
+    raise InputError(f"no engine can run {folder}: " + "; ".join(reasons))
+
+
+def _try_open(
+    kind: EngineKind, folder: Path, settings: EngineSettings
+) -> tuple[OpenedEngine | None, str]:
+    if obstacle := kind.obstacle(folder, settings):
+        return None, obstacle
+    try:
+        return OpenedEngine(kind, kind.open(folder, settings)), ""
+    except InputError as error:  # a plan or a device that shows only on loading
+        return None, str(error)
+
+
+def engine_names() -> tuple[str, ...]:
+    """The names that `--engine` takes beside 'auto', best first."""
+    return tuple(kind.name for kind in _kinds())
+
+
+def _kind_named(name: str) -> EngineKind:
+    for kind in _kinds():
+        if kind.name == name:
+            return kind
+    raise InputError(f"engine must be auto or one of {', '.join(engine_names())}, got {name!r}")
+
+
+def _kinds() -> tuple[EngineKind, ...]:
+    """Best first. Kinds import their runtimes in their functions."""
+    from .kinds import onnxruntime_kinds, torch_kind
+
+    return (
+        torch_kind.TORCH,
+        onnxruntime_kinds.ONNXRUNTIME,
+        onnxruntime_kinds.QDQ,
+    )

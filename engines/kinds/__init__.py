@@ -1,0 +1,1 @@
+"""The kinds of engines, one file a runtime; `engines/at_hand.py` lists them best first."""
