@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -277,9 +278,14 @@ Exit codes: 0 passed, 1 failure, 2 bad input, 3 the proof did not hold.
 
 
 def _settings(context: typer.Context, names: type[Any], config: Path | None) -> dict[str, Any]:
-    """Options of `names`: the config file's, overridden by the flags that were really given."""
+    """Options of the model `names`, as `_given`."""
+    return _given(context, names.model_fields, config)
+
+
+def _given(context: typer.Context, names: Iterable[str], config: Path | None) -> dict[str, Any]:
+    """Options called `names`: the config file's, overridden by the flags that were really given."""
     values = read_config(config) if config else {}
-    for name in names.model_fields:
+    for name in names:
         if name not in context.params:
             continue
         source = context.get_parameter_source(name)
@@ -604,6 +610,95 @@ def _tune(
     return 0
 
 
+_SERVE_EXAMPLES = """Serve an exported folder: OpenAI's images API, a page, metrics and health.
+
+Examples:
+
+  qdit-serve build/demo-w4a8
+
+  qdit-serve build/demo-w4a8 --full-precision --port 8080
+
+  qdit-serve build/xl --engine torch --device cuda --vae path/to/vae --api-keys keys.txt
+
+  curl http://127.0.0.1:8000/v1/images/generations -H 'content-type: application/json'
+  -d '{"prompt": "cat", "seed": 1, "num_inference_steps": 20}'
+
+Requests at different steps share engine calls (step-mixed batching, docs/serve.md). SIGTERM drains.
+"""
+
+
+def _serve(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="A folder that qdit-export wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    engine: Annotated[
+        str, typer.Option(help="Engine by name; auto takes the best that opens: tell with -v.")
+    ] = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    full_precision: Annotated[
+        bool,
+        typer.Option("--full-precision", help="Serve the original model too, for comparison."),
+    ] = False,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="AutoencoderKL folder of a latent-space model. Default: vae/ in the folder, or "
+            "beside the original model.",
+            show_default=False,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of one engine call (a guided image takes two). Default: measured at start.",
+            show_default=False,
+        ),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Images at hand, running or waiting; more are refused with 429.")
+    ] = 256,
+    max_images: Annotated[int, typer.Option(help="Images of one request (n).")] = 10,
+    max_steps: Annotated[int, typer.Option(help="Steps of one request.")] = 250,
+    default_steps: Annotated[int, typer.Option(help="Steps where a request says nothing.")] = 20,
+    default_guidance: Annotated[
+        float, typer.Option(help="Guidance scale where a request says nothing; 1.0 is none.")
+    ] = 1.5,
+    request_timeout: Annotated[
+        float,
+        typer.Option(help="Seconds for one request; what would take longer is refused with 429."),
+    ] = 300.0,
+    drain_seconds: Annotated[
+        float, typer.Option(help="Seconds for running requests after SIGTERM.")
+    ] = 30.0,
+    max_connections: Annotated[int, typer.Option(help="Connections at once; more get 503.")] = 1024,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Keys that may use the API, one a line; QDIT_API_KEYS works too. Default: anyone.",
+            show_default=False,
+        ),
+    ] = None,
+    batching: Annotated[
+        str,
+        typer.Option(help="step-mixed; whole-trajectory and single are there to compare with."),
+    ] = "step-mixed",
+    config: Config = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    version: Version = False,
+) -> int:
+    from .serve.command import run_serve
+    from .serve.settings import SETTING_NAMES, make_settings
+
+    values = _given(context, SETTING_NAMES, config) | {"folder": folder}
+    with _terminal(verbose, quiet) as terminal:
+        run_serve(make_settings(**values), terminal, logging.ERROR if quiet else logging.INFO)
+    return 0
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
@@ -657,4 +752,5 @@ export_command = _command(_export, _EXPORT_EXAMPLES)
 validate_command = _command(_validate)
 inspect_command = _command(_inspect)
 bench_command = _command(_bench)
+serve_command = _command(_serve, _SERVE_EXAMPLES)
 tune_command = _command(_tune)

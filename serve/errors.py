@@ -82,7 +82,7 @@ class UnavailableError(ServeError):
         return str(self.args[0])
 
 
-class CancelledError(ServeError):
+class ClientGoneError(ServeError):
     """The client went away. Nobody is there to read it; it is counted."""
 
     status = 499

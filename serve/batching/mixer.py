@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...calibrate.families.base import Denoiser
 from ...errors import InputError
-from ..errors import CancelledError, EngineFailedError, RequestTimeoutError, ServeError
+from ..errors import ClientGoneError, EngineFailedError, RequestTimeoutError, ServeError
 from .fairness import STRETCH, FairClock
 from .jobs import Failed, Finished, Job, Preview, Progress, Sample, preview_due
 from .policies import Policy, step_mixed
@@ -127,7 +127,7 @@ class StepMixer:
     def step(self) -> StepReport | None:
         """One engine call for the samples that are due; None where nothing is left to do.
 
-        CancelledError and expired jobs leave first, so that their places go to others in this call.
+        Cancelled and expired jobs leave first, so that their places go to others in this call.
         """
         self._drop_cancelled_and_late()
         chosen = self._policy(list(self._jobs.values()), self.max_rows)
@@ -245,7 +245,7 @@ class StepMixer:
         now = self._clock()
         for job in list(self._jobs.values()):
             if job.cancelled:
-                self._end(job, CancelledError("the client went away"))
+                self._end(job, ClientGoneError("the client went away"))
             elif now >= job.deadline:
                 done = job.steps_done / job.steps
                 self._end(

@@ -13,7 +13,13 @@ from enum import Enum
 from functools import partial
 from typing import Protocol
 
-from ..errors import CancelledError, EngineFailedError, QueueFullError, ServeError, UnavailableError
+from ..errors import (
+    ClientGoneError,
+    EngineFailedError,
+    QueueFullError,
+    ServeError,
+    UnavailableError,
+)
 from .jobs import Event, Failed, Finished, Job, Listener
 from .mixer import Backlog, StepMixer, StepReport
 
@@ -143,7 +149,7 @@ class Worker:
             self._images -= account.images_left
             self._changed.notify()
         self._observer.waiting(self._images)
-        self._observer.ended(job, CancelledError("the client went away"))
+        self._observer.ended(job, ClientGoneError("the client went away"))
 
     def stop(self, timeout: float | None = None) -> bool:
         """End the thread after the call it is in; jobs at hand fail. False: it still runs."""

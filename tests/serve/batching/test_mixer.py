@@ -20,7 +20,7 @@ from qdit.serve.batching.fairness import STRETCH
 from qdit.serve.batching.jobs import Finished, Job, Preview, Progress
 from qdit.serve.batching.mixer import StepMixer
 from qdit.serve.batching.policies import POLICY_NAMES, make_policy
-from qdit.serve.errors import CancelledError, EngineFailedError, RequestTimeoutError
+from qdit.serve.errors import ClientGoneError, EngineFailedError, RequestTimeoutError
 
 from .conftest import (
     MODEL,
@@ -437,7 +437,7 @@ class TestFaults:
         first.cancelled = True
         mixer.step()
         assert [labels for _, labels in engine.calls] == [[2, 1], [2]]
-        assert isinstance(told.error, CancelledError)
+        assert isinstance(told.error, ClientGoneError)
 
 
 class TestPolicies:
@@ -509,5 +509,5 @@ def test_random_histories_lose_nothing_and_answer_once() -> None:
     assert all(told.endings == 1 for _, told in jobs)
     outcomes = {type(told.error).__name__ for _, told in jobs}
     assert outcomes == {
-        "NoneType", "EngineFailedError", "CancelledError", "RequestTimeoutError"
+        "NoneType", "EngineFailedError", "ClientGoneError", "RequestTimeoutError"
     }  # fmt: skip

@@ -14,7 +14,7 @@ from qdit.serve.batching.jobs import Finished, Job
 from qdit.serve.batching.mixer import StepMixer, StepReport
 from qdit.serve.batching.worker import Bounds, State, Worker
 from qdit.serve.errors import (
-    CancelledError,
+    ClientGoneError,
     EngineFailedError,
     QueueFullError,
     ServeError,
@@ -171,7 +171,7 @@ class TestCancelling:
         assert sum(report.rows for report in made.counts.reports) == 4 + 2 * 2 + 4 * 2
         assert not told.endings  # who left is told nothing
         assert [type(error) for job, error in made.counts.endings if job is first] == [
-            CancelledError
+            ClientGoneError
         ]
 
     def test_after_the_end_changes_nothing(self, made: Set) -> None:

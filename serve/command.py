@@ -1,0 +1,80 @@
+"""`qdit-serve`: load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+from ..calibrate.diffusers_logs import silence_schedulers
+from ..engines.at_hand import EngineSettings
+from ..errors import InputError
+from ..progress import Progress
+from .served_model import ServedModel, load_full_precision, load_served
+from .settings import ServeSettings
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logging.INFO) -> None:
+    """Serve until told to stop. Raises `InputError` for what cannot be served."""
+    require_web()
+    from .web.local import make_local_app
+    from .web.security import KEYS_VARIABLE, read_keys
+    from .web.server import Server, address_of, bind
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=log_level)
+    silence_schedulers()
+    keys = read_keys(settings.api_keys, os.environ.get(KEYS_VARIABLE))
+    with bind(settings.host, settings.port) as bound:
+        models = load_models(settings, progress.say)
+        local = make_local_app(settings, models, keys)
+
+        def started() -> None:
+            names = ", ".join(local.backend.cards)
+            progress.say(f"serving {names} at {address_of(bound)} (stop with Ctrl-C)")
+            if not keys and settings.host not in _LOOPBACK:
+                progress.say("anyone who reaches this address may use it; see --api-keys")
+
+        server = Server(
+            local.app,
+            local.gate,
+            local.backend.close,
+            drain_seconds=settings.drain_seconds,
+            max_connections=settings.max_connections,
+            started=started,
+        )
+
+        async def run() -> None:
+            try:
+                await server.serve(sockets=[bound])
+            finally:
+                await local.backend.close()
+
+        asyncio.run(run())
+    progress.say("stopped")
+
+
+def load_models(settings: ServeSettings, say: Callable[[str], None]) -> Sequence[ServedModel]:
+    """The quantized model, and full precision after it where that is asked for."""
+    engine_settings = EngineSettings(settings.device, settings.threads)
+    served = load_served(settings.folder, settings.engine, engine_settings, settings.vae, say)
+    say(f"{served.card.id}: {served.card.precision} on engine {served.card.engine}")
+    if not settings.full_precision:
+        return [served]
+    full = load_full_precision(served, settings.folder, settings.device)
+    say(f"{full.card.id}: full precision on {full.card.engine}")
+    return [served, full]
+
+
+def require_web() -> None:
+    """Raise `InputError` where the extra `serve` is not installed."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"qdit-serve needs {error.name}; install it with `pip install qdit[serve]`"
+        ) from error

@@ -1,0 +1,95 @@
+"""What the operator decides: limits and timeouts, checked when they are made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from ..engines.at_hand import AUTO
+from ..errors import InputError
+from .batching.policies import POLICY_NAMES
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class EngineLimits(_Strict):
+    """Of one engine's queue. `max_batch` rows a call (None: measured at start), `max_queue` images
+    at hand, seconds for a request and for a single call."""
+
+    max_batch: int | None = Field(default=None, ge=2, le=4096)
+    max_queue: int = Field(default=256, ge=1, le=100_000)
+    request_timeout: float = Field(default=300.0, gt=0, le=86_400)
+    call_seconds: float = Field(default=120.0, gt=0, le=86_400)
+    batching: str = "step-mixed"
+
+    @field_validator("batching")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in POLICY_NAMES:
+            raise ValueError(f"batching must be one of {', '.join(POLICY_NAMES)}")
+        return value
+
+
+class RequestLimits(_Strict):
+    """Of one request: images, steps, guidance, bytes of its body, seconds to send it in."""
+
+    max_images: int = Field(default=10, ge=1, le=1000)
+    max_steps: int = Field(default=250, ge=1, le=1000)
+    max_guidance: float = Field(default=20.0, ge=1)
+    max_body_bytes: int = Field(default=1 << 16, ge=1024)
+    body_seconds: float = Field(default=10.0, gt=0)
+    default_steps: int = Field(default=20, ge=1, le=1000)
+    default_guidance: float = Field(default=1.5, ge=0)
+
+
+class ServeSettings(_Strict):
+    """One server."""
+
+    folder: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65_535)
+    engine: str = AUTO
+    device: str = AUTO
+    threads: int | None = Field(default=None, ge=1)
+    vae: Path | None = None
+    full_precision: bool = False
+    api_keys: Path | None = None
+    max_connections: int = Field(default=1024, ge=1)
+    drain_seconds: float = Field(default=30.0, ge=0)
+    limits: EngineLimits = EngineLimits()
+    requests: RequestLimits = RequestLimits()
+
+
+SETTING_NAMES = tuple(
+    name
+    for model in (ServeSettings, EngineLimits, RequestLimits)
+    for name in model.model_fields
+    if name not in ("limits", "requests")
+)
+
+
+def make_settings(**values: object) -> ServeSettings:
+    """Settings from flat values. Raises `InputError` that names the first flag at fault."""
+    for name in values:
+        if name not in SETTING_NAMES:
+            raise InputError(f"unknown option {name!r}; known are {', '.join(SETTING_NAMES)}")
+    own, limits, requests = (
+        {key: value for key, value in values.items() if key in model.model_fields}
+        for model in (ServeSettings, EngineLimits, RequestLimits)
+    )
+    try:
+        settings = ServeSettings.model_validate(own | {"limits": limits, "requests": requests})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        flag = "--" + str(first["loc"][-1]).replace("_", "-")
+        raise InputError(f"{flag}: {first['msg']}, got {first['input']!r}") from error
+    given = settings.requests
+    if given.default_steps > given.max_steps:
+        raise InputError(
+            f"--default-steps must be at most --max-steps {given.max_steps}, "
+            f"got {given.default_steps}"
+        )
+    return settings
