@@ -130,6 +130,25 @@ def test_rows_do_not_depend_on_the_batch(served: ServedModel, exported: Path) ->
         assert torch.equal(rows(index), whole[index])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_of_the_torch_engine_in_another_batch_differ_by_rounding_only(exported: Path) -> None:
+    """No more than the engine's own float16 rounding moves them from the float32 reference."""
+    model = load_model(None, blocks=1)
+    fast, exact = (
+        open_engine(exported, name, EngineSettings(device)).engine.as_denoiser(
+            model.family, model.config
+        )
+        for name, device in (("torch", "cuda"), ("qdq", "cpu"))
+    )
+    x, t, y = model.family.example_inputs(model.denoiser, 16, torch.Generator().manual_seed(0))
+    whole = fast(x, t, y)
+    rounding = (whole - exact(x, t, y)).abs().max()
+    assert rounding > 0
+    for index in ([3, 3], [0, 1], [15, 4, 7, 8], list(range(15, -1, -1))):
+        assert (fast(x[index], t[index], y[index]) - whole[index]).abs().max() <= rounding
+
+
 class TestFullPrecision:
     def test_beside_the_quantized_model(self, served: ServedModel, exported: Path) -> None:
         full = load_full_precision(served, exported, "cpu")

@@ -1,0 +1,307 @@
+"""`qdit-serve` under load: step-mixed batching against whole trajectories and one at a time.
+
+    python benchmarks/serve_load.py build/demo --users 64 --rounds 3 --seconds 120 --json load.json
+
+Locust's users ask for one image after another, with no pause, of 5 … 50 steps and with or without
+guidance. Every policy is the real server in a process of its own, with the same rows a call. It is
+watched for --seconds after --warmup, and the engine alone is timed right before and after it, in a
+third process: other work on the machine slows both. Rows a second, and the share of time that was
+spent in engine calls, come from the server's own counters; latencies from Locust.
+
+'Short' requests are those of at most --short steps. Latencies are of the requests that ended while
+their server was watched, of all rounds together. The users' seeds are the same for each policy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+# locust makes this process's sockets cooperative as it is imported: torch stays in others
+from locust import FastHttpUser, events, task
+from locust.env import Environment
+
+POLICIES = ("step-mixed", "whole-trajectory", "single")
+STEPS = (5, 50)
+GUIDANCE = (1.0, 1.5)
+_START_SECONDS = 120
+_SECONDS_ALONE = 10.0
+
+
+@dataclass
+class Window:
+    """What was seen between two moments. `latencies`: (steps, seconds) of ended requests;
+    `busy`: seconds in engine calls; `alone`: rows a second of the engine alone at about that time.
+    """
+
+    policy: str
+    seconds: float = 0.0
+    rows: float = 0.0
+    calls: float = 0.0
+    busy: float = 0.0
+    alone: float = 0.0
+    statuses: dict[int, int] = field(default_factory=dict)
+    latencies: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy over all rounds: seconds, and rows a second."""
+
+    policy: str
+    rows_per_second: float
+    of_the_engine: float
+    busy: float
+    images_per_second: float
+    rows_per_call: float
+    short_p50: float
+    short_p95: float
+    long_p50: float
+    long_p95: float
+    all_p50: float
+    all_p95: float
+    requests: int
+    failures: int
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="what qdit-export wrote")
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--max-batch", type=int, default=8, help="rows a call, for every policy")
+    parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--warmup", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--short", type=int, default=10)
+    parser.add_argument("--policies", default=",".join(POLICIES))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine-alone", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def time_engine(options: argparse.Namespace) -> float:
+    """Rows a second of the engine itself at that batch size, in a process of its own."""
+    command = [sys.executable, __file__, str(options.folder), "--engine-alone"]
+    command += ["--engine", options.engine, "--device", options.device]
+    command += ["--max-batch", str(options.max_batch)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def engine_alone(options: argparse.Namespace) -> None:
+    """Print the rows a second of bare engine calls, median over ten seconds."""
+    import torch
+
+    from qdit.calibrate.sampling import initial_noise
+    from qdit.engines.at_hand import EngineSettings
+    from qdit.serve.served_model import load_served
+
+    settings = EngineSettings(options.device)
+    served = load_served(options.folder, options.engine, settings, None, lambda message: None)
+    rows = options.max_batch
+    x = initial_noise(range(rows), served.sampled.sample_shape, seed=0)
+    timesteps, labels = torch.arange(rows) * 97 % 1000, torch.arange(rows) % 10
+    served.engine.denoise(x, timesteps, labels)
+    times: list[float] = []
+    while sum(times) < _SECONDS_ALONE:
+        started = time.perf_counter()
+        served.engine.denoise(x, timesteps, labels)
+        times.append(time.perf_counter() - started)
+    print(rows / statistics.median(times))
+
+
+@contextmanager
+def serving(options: argparse.Namespace, policy: str) -> Iterator[str]:
+    """A fresh server; yields its URL."""
+    command = [sys.executable, "-c", "from qdit.cli import serve_command; serve_command()"]
+    command += [str(options.folder), "--port", "0", "--batching", policy]
+    command += ["--engine", options.engine, "--device", options.device]
+    command += ["--max-batch", str(options.max_batch), "--max-queue", str(4 * options.users)]
+    command += ["--request-timeout", "3600", "--drain-seconds", "0"]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
+        try:
+            yield _url(process, log)
+        finally:
+            process.terminate()
+
+
+def _url(process: subprocess.Popen[bytes], log: IO[str]) -> str:
+    """The address that the server says it serves at."""
+    until = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < until:
+        time.sleep(0.2)
+        log.seek(0)
+        if found := re.search(r"serving .* at (http://\S+)", log.read()):
+            return found[1]
+    log.seek(0)
+    raise RuntimeError(f"the server did not start:\n{log.read()}")
+
+
+def user_class(seed: int, window: Window) -> type[FastHttpUser]:
+    """Users that note into `window` what they were answered."""
+    numbers = iter(range(1_000_000))
+
+    class Asker(FastHttpUser):
+        network_timeout = connection_timeout = 3600.0
+
+        def on_start(self) -> None:
+            self.chance = random.Random(f"{seed} {next(numbers)}")
+
+        @task
+        def ask(self) -> None:
+            steps = self.chance.randint(*STEPS)
+            body = {
+                "prompt": str(self.chance.randrange(10)),
+                "num_inference_steps": steps,
+                "guidance_scale": self.chance.choice(GUIDANCE),
+                "seed": self.chance.randrange(2**31),
+            }
+            started = time.monotonic()
+            answer = self.client.post("/v1/images/generations", json=body, name=f"{steps:02d}")
+            window.statuses[answer.status_code] = window.statuses.get(answer.status_code, 0) + 1
+            if answer.status_code == 200:
+                window.latencies.append((steps, time.monotonic() - started))
+
+    return Asker
+
+
+def run_policy(options: argparse.Namespace, policy: str, seed: int) -> Window:
+    """Warm up, then watch for a while; users that are waiting at the end are stopped."""
+    import gevent
+
+    window = Window(policy)
+    with serving(options, policy) as url:
+        asker = user_class(seed, window)
+        environment = Environment(user_classes=[asker], events=events, host=url, stop_timeout=0)
+        runner = environment.create_local_runner()
+        runner.start(options.users, spawn_rate=options.users)
+        gevent.sleep(options.warmup)
+        before, started = _counters(url), time.monotonic()
+        window.statuses.clear()
+        window.latencies.clear()
+        gevent.sleep(options.seconds)
+        after, seconds = _counters(url), time.monotonic() - started
+        moved = {name: after[name] - before[name] for name in after}
+        found = replace(
+            window,
+            seconds=seconds,
+            statuses=dict(window.statuses),
+            latencies=list(window.latencies),
+            **moved,
+        )
+        runner.quit()
+    return found
+
+
+def _counters(url: str) -> dict[str, float]:
+    import urllib.request
+
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
+        text = answer.read().decode()
+    names = {
+        "rows": r'^qdit_engine_rows_total\{kind="served",.*\} (\S+)$',
+        "calls": r"^qdit_engine_call_seconds_count\{.*\} (\S+)$",
+        "busy": r"^qdit_engine_call_seconds_sum\{.*\} (\S+)$",
+    }
+    found = {name: re.search(pattern, text, re.M) for name, pattern in names.items()}
+    return {name: float(match[1]) for name, match in found.items() if match}
+
+
+def percentile(values: list[float], share: float) -> float:
+    """By the nearest rank; NaN of nothing."""
+    if not values:
+        return float("nan")
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
+def summary(policy: str, windows: list[Window], short: int) -> Row:
+    """All rounds together; throughput against the engine alone: the median of the rounds."""
+    seconds = sum(w.seconds for w in windows)
+    answered = [latency for w in windows for latency in w.latencies]
+    shorts = [taken for steps, taken in answered if steps <= short]
+    longs = [taken for steps, taken in answered if steps > short]
+    both = shorts + longs
+    return Row(
+        policy,
+        sum(w.rows for w in windows) / seconds,
+        statistics.median(w.rows / w.seconds / w.alone for w in windows),
+        sum(w.busy for w in windows) / seconds,
+        len(answered) / seconds,
+        sum(w.rows for w in windows) / max(sum(w.calls for w in windows), 1),
+        *(percentile(values, share) for values in (shorts, longs, both) for share in (0.5, 0.95)),
+        sum(sum(w.statuses.values()) for w in windows),
+        sum(count for w in windows for status, count in w.statuses.items() if status != 200),
+    )
+
+
+def table(rows: list[Row], short: int) -> str:
+    """Markdown."""
+    lines = [
+        f"| batching | rows/s | of the engine's own | time in calls | images/s "
+        f"| rows a call | ≤ {short} steps: p50, p95 s | longer: p50, p95 s | all: p50, p95 s "
+        "| requests, failed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.policy} | {r.rows_per_second:.1f} | {r.of_the_engine:.2f} | {r.busy:.2f} | "
+        f"{r.images_per_second:.2f} | {r.rows_per_call:.1f} | {r.short_p50:.1f}, "
+        f"{r.short_p95:.1f} | {r.long_p50:.1f}, {r.long_p95:.1f} | {r.all_p50:.1f}, "
+        f"{r.all_p95:.1f} | {r.requests}, {r.failures} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = parse()
+    if options.engine_alone:
+        engine_alone(options)
+        return
+    policies = options.policies.split(",")
+    windows: dict[str, list[Window]] = {policy: [] for policy in policies}
+    for number in range(options.rounds):
+        before = time_engine(options)
+        for policy in policies:
+            found = run_policy(options, policy, options.seed + number)
+            after = time_engine(options)
+            windows[policy].append(replace(found, alone=(before + after) / 2))
+            before = after
+            told = f"{found.rows / found.seconds:.1f} rows/s, {found.statuses}, then alone"
+            print(f"round {number + 1}: {policy} {told} {after:.1f}", file=sys.stderr, flush=True)
+            _write(options, windows)
+    rows = [summary(policy, windows[policy], options.short) for policy in policies]
+    print(f"{options.users} users, at most {options.max_batch} rows a call\n")
+    print(table(rows, options.short))
+
+
+def _write(options: argparse.Namespace, windows: dict[str, list[Window]]) -> None:
+    if options.json is None:
+        return
+    policies = {name: found for name, found in windows.items() if found}
+    told = {
+        "rows": [asdict(summary(name, found, options.short)) for name, found in policies.items()],
+        "windows": [asdict(w) for found in policies.values() for w in found],
+    }
+    options.json.write_text(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()
