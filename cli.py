@@ -620,6 +620,8 @@ Examples:
 
   qdit-serve build/xl --engine torch --device cuda --vae path/to/vae --api-keys keys.txt
 
+  qdit-serve build/demo-w4a8 --emit-triton-repository models --max-batch 32
+
   curl http://127.0.0.1:8000/v1/images/generations -H 'content-type: application/json'
   -d '{"prompt": "cat", "seed": 1, "num_inference_steps": 20}'
 
@@ -685,6 +687,15 @@ def _serve(
         str,
         typer.Option(help="step-mixed; whole-trajectory and single are there to compare with."),
     ] = "step-mixed",
+    emit_triton_repository: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Serve nothing: put the model into a Triton Inference Server repository. Reads "
+            "--engine, --device, --threads, --max-batch and --max-queue.",
+            show_default=False,
+        ),
+    ] = None,
     config: Config = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -692,9 +703,13 @@ def _serve(
 ) -> int:
     from .serve.command import run_serve
     from .serve.settings import SETTING_NAMES, make_settings
+    from .serve.triton.command import emit_repository
 
     values = _given(context, SETTING_NAMES, config) | {"folder": folder}
     with _terminal(verbose, quiet) as terminal:
+        if emit_triton_repository is not None:
+            emit_repository(emit_triton_repository, values, terminal)
+            return 0
         run_serve(make_settings(**values), terminal, logging.ERROR if quiet else logging.INFO)
     return 0
 

@@ -20,6 +20,8 @@ from ...errors import InputError
 Backend = Literal["onnxruntime", "tensorrt"]
 Device = Literal["cpu", "cuda"]
 
+DEFAULT_MAX_BATCH = 64
+
 _TYPES = {
     "float32": "TYPE_FP32",
     "float16": "TYPE_FP16",
@@ -47,7 +49,7 @@ class TritonModel:
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]
     device: Device = "cpu"
-    max_batch: int = 64
+    max_batch: int = DEFAULT_MAX_BATCH
     max_queue: int = 256
     delay_us: int = 2000
     instances: int = 1

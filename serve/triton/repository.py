@@ -22,7 +22,7 @@ from ...engines.tensorrt.manifest import EngineManifest
 from ...engines.tensorrt.store import engine_path, manifest_path
 from ...errors import InputError
 from ...files import write_text
-from .config import Device, TritonModel
+from .config import DEFAULT_MAX_BATCH, Device, TritonModel
 
 CONFIG = "config.pbtxt"
 _VERSION = "1"
@@ -51,7 +51,7 @@ def triton_source(
     *,
     name: str | None = None,
     device: Device | None = None,
-    max_batch: int = 64,
+    max_batch: int = DEFAULT_MAX_BATCH,
     **settings: Any,
 ) -> Source:
     """The model of an exported folder as a server should run it.

@@ -24,15 +24,19 @@ from qdit.export.qdq import export_qdq
 SERVER_VARIABLE = "QDIT_TRITONSERVER"
 
 
-@pytest.fixture
-def folder(make_quantized: Callable[..., Any], tmp_path: Path) -> Path:
-    """A checkpoint and its reference form, w4a8 g32."""
-    made = tmp_path / "exported"
-    made.mkdir()
+@pytest.fixture(scope="session")
+def exported(make_quantized: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("exported")
     checkpoint = make_quantized(LayerScheme(4, 8, 32, 32)).checkpoint
     checkpoint.write(made)
     export_qdq(checkpoint, made / "model.onnx")
     return made
+
+
+@pytest.fixture
+def folder(exported: Path, tmp_path: Path) -> Path:
+    """A checkpoint and its reference form, w4a8 g32: a copy of the test's own."""
+    return Path(shutil.copytree(exported, tmp_path / "exported"))
 
 
 @pytest.fixture(scope="session")
