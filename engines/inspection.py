@@ -173,7 +173,9 @@ def _targets(plan: QuantizationPlan, linears: list[LinearSpec]) -> tuple[TargetR
         if refusals:
             more = f" (and {len(refusals) - 1} more)" if len(refusals) > 1 else ""
             reason = f"{refusals[0].layer}: {refusals[0].reason}{more}"
-        rows.append(TargetRow(name, not refusals, reason))
+            if target.realize is not None:  # it runs all the same, but not as planned
+                reason = f"not as planned: {reason}"
+        rows.append(TargetRow(name, not refusals or target.realize is not None, reason))
     return tuple(rows)
 
 

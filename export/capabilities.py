@@ -1,4 +1,4 @@
-"""What each target can express: checked before calibration, never degraded silently.
+"""What each target makes of a plan: checked before calibration, never degraded silently.
 
 `docs/targets.md` has the table in words and says which facts are tested here.
 """
@@ -12,11 +12,13 @@ from types import MappingProxyType
 from ..calibrate.plan import LinearSpec, QuantizationPlan
 from ..errors import InputError
 from . import target_rules as rules
+from .onnxruntime import rules as onnxruntime
+from .realization import Realization, Realize, as_in_the_reference
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One linear that a target cannot run as planned."""
+    """One linear that a target's own operators do not run as planned."""
 
     layer: str
     reason: str
@@ -28,6 +30,9 @@ class Target:
 
     `built` says whether this version of qdit writes it; the rules of the others are known already.
     `changes` is what a file of this target does otherwise than the plan says, '' for nothing.
+    `realize` says what a linear becomes, where the target writes every plan: what it refuses is
+    then in the form of the reference or more precise than planned, and said to be. Where it is
+    None, a refused linear cannot be run at all.
     """
 
     name: str
@@ -37,6 +42,7 @@ class Target:
     refuse: rules.Rule
     nearest: rules.Nearest
     changes: str = ""
+    realize: Realize | None = None
 
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
@@ -44,11 +50,13 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
         target.name: target
         for target in (
             Target(
-                "qdq", "ONNX Runtime", (1, 22), True, rules.nothing_refused, rules.as_it_is
+                "qdq", "ONNX Runtime", (1, 22), True,
+                rules.nothing_refused, rules.as_it_is, realize=as_in_the_reference,
             ),
             Target(
-                "onnxruntime", "ONNX Runtime", (1, 22), False,
-                rules.refuse_onnxruntime, rules.nearest_onnxruntime,
+                "onnxruntime", "ONNX Runtime", (1, 22), True,
+                onnxruntime.refuse_onnxruntime, onnxruntime.nearest_onnxruntime,
+                realize=onnxruntime.realize_onnxruntime,
             ),
             Target(
                 "tensorrt-plugin", "TensorRT", (10, 9), True,
@@ -75,13 +83,40 @@ def target_named(name: str) -> Target:
     return TARGETS[name]
 
 
+def built_targets() -> tuple[str, ...]:
+    """The targets that this version writes, the reference first."""
+    return tuple(name for name, target in TARGETS.items() if target.built)
+
+
+def realizations(
+    plan: QuantizationPlan, linears: Sequence[LinearSpec], target: str
+) -> dict[str, Realization]:
+    """What each linear becomes in `target`'s file, by name in model order.
+
+    Raises `InputError` for a target without such rules: one that refuses instead.
+    """
+    chosen = target_named(target)
+    if chosen.realize is None:
+        raise InputError(f"target {target} does not write every plan; use check()")
+    return {spec.name: chosen.realize(spec, plan[spec.name]) for spec in linears}
+
+
+def computed_plan(
+    plan: QuantizationPlan, linears: Sequence[LinearSpec], target: str
+) -> QuantizationPlan:
+    """The plan that `target`'s file computes: `plan`, but for activation groups that got finer."""
+    made = realizations(plan, linears, target)
+    layers = {name: realization.scheme for name, realization in made.items()}
+    return plan if layers == dict(plan.layers) else QuantizationPlan(plan.bits, layers)
+
+
 def check(
     plan: QuantizationPlan,
     linears: Sequence[LinearSpec],
     target: str,
     version: str | None = None,
 ) -> list[Refusal]:
-    """Every linear of `plan` that `target` cannot express, in model order; empty: it can run.
+    """Every linear of `plan` that `target` does not run as planned, in model order.
 
     `version` is the runtime's ('10.9', '8.6.0'); without it only the schemes are checked.
     """

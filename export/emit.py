@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+from .opsets import ORT_DOMAIN
 
 Dims = Sequence[int | ir.SymbolicDim] | ir.Shape
 
@@ -29,9 +31,35 @@ class Emitter:
         **attributes: Any,
     ) -> ir.Value:
         """Insert a standard operator with one output; node and output are called `name`."""
+        return self._insert("", op_type, inputs, name, dtype, shape, attributes)
+
+    def contrib(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        dtype: ir.DataType,
+        shape: Dims,
+        **attributes: Any,
+    ) -> ir.Value:
+        """The same with one of ONNX Runtime's own; None is an absent optional input."""
+        last = max(index for index, value in enumerate(inputs) if value is not None)
+        given = inputs[: last + 1]
+        return self._insert(ORT_DOMAIN, op_type, given, name, dtype, shape, attributes)
+
+    def _insert(
+        self,
+        domain: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        dtype: ir.DataType,
+        shape: Dims,
+        attributes: Mapping[str, Any],
+    ) -> ir.Value:
         if self.anchor is None:
             raise ValueError("set the anchor before emitting nodes")
-        made = ir.node(op_type, list(inputs), attributes, name=name, num_outputs=1)
+        made = ir.node(op_type, list(inputs), attributes, domain=domain, name=name, num_outputs=1)
         output = made.outputs[0]
         output.name, output.dtype, output.shape = name, dtype, ir.Shape(shape)
         self.graph.insert_before(self.anchor, made)

@@ -11,7 +11,7 @@ from ..calibrate.model import DiffusionModel
 from ..calibrate.simulate import output_dtype
 from ..progress import Progress, Silent
 from .contents import full_precision_contents
-from .lower import export_standard
+from .lower import export_lowered
 from .opsets import DEFAULT_OPSET, ComputeDtype, check_dtype, check_opset
 from .write import ExportedModel
 
@@ -33,7 +33,7 @@ def export_full_precision(
     check_opset(opset)
     check_dtype(dtype)
     model.family.tie_shared_modules(model.denoiser)
-    return export_standard(
+    return export_lowered(
         skeleton_of(model),
         model.family,
         full_precision_contents(model),

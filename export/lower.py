@@ -1,4 +1,4 @@
-"""From a denoiser and its linears' contents to a written file in standard operators."""
+"""From a denoiser and its linears' contents to a written file of one target."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .opsets import ComputeDtype, ir_version
 from .passes.lower_qdq import LowerQdqPass
 from .passes.record_blocks import RecordBlocksPass
 from .trace import trace
-from .write import ExportedModel, write_model
+from .write import STANDARD_DOMAINS, ExportedModel, write_model
 
 FAMILY_KEY = "qdit.family"
 DTYPE_KEY = "qdit.dtype"
 
 
-def export_standard(
+def export_lowered(
     denoiser: nn.Module,
     family: Family,
     contents: Mapping[str, LinearContents],
@@ -33,14 +33,27 @@ def export_standard(
     dtype: ComputeDtype,
     opset: int,
     progress: Progress,
+    lowering: ir.passes.PassBase | None = None,
+    domains: tuple[str, ...] = STANDARD_DOMAINS,
 ) -> ExportedModel:
-    """Trace `denoiser` (changed in place: pass a skeleton), lower it and write it to `path`."""
+    """Trace `denoiser` (changed in place: pass a skeleton), lower it and write it to `path`.
+
+    `lowering` and `domains` as in `lower_and_write`.
+    """
     progress.say("tracing the denoiser")
     linears = [entry.spec for entry in contents.values()]
     model = trace(denoiser, family, linears, dtype=dtype, opset=opset)
     model.metadata_props[FAMILY_KEY] = family.name
     model.graph.name = name
-    return lower_and_write(model, contents, path, dtype=dtype, progress=progress)
+    return lower_and_write(
+        model,
+        contents,
+        path,
+        dtype=dtype,
+        progress=progress,
+        lowering=lowering,
+        domains=domains,
+    )
 
 
 def lower_and_write(
@@ -50,11 +63,13 @@ def lower_and_write(
     *,
     dtype: ComputeDtype,
     progress: Progress,
-    lowering: ir.passes.InPlacePass | None = None,
+    lowering: ir.passes.PassBase | None = None,
+    domains: tuple[str, ...] = STANDARD_DOMAINS,
 ) -> ExportedModel:
     """Lower an abstract model (changed in place) and write it to `path`.
 
-    `lowering` is the target's pass, the one to standard operators (`LowerQdqPass`) by default.
+    `lowering` is the target's pass, the one to standard operators (`LowerQdqPass`) by default;
+    `domains` are those of the operators that its file may hold, beside functions of its own.
     """
     ir.passes.Sequential(
         RecordBlocksPass(),
@@ -65,7 +80,7 @@ def lower_and_write(
     model.metadata_props[DTYPE_KEY] = dtype
     model.ir_version = ir_version(model.graph.opset_imports[""])
     model.producer_name, model.producer_version = "qdit", __version__
-    exported = write_model(model, path, dtype=dtype, progress=progress)
+    exported = write_model(model, path, dtype=dtype, progress=progress, domains=domains)
     megabytes, opset = exported.byte_size / 1e6, exported.opset
     progress.say(f"wrote {path} ({megabytes:.1f} MB, opset {opset}, {dtype})")
     return exported

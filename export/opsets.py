@@ -21,6 +21,9 @@ QDIT_DOMAIN = "qdit"
 LINEAR_OP = "GroupQuantLinear"
 BLOCK_OP = "BlockOutput"
 
+# ONNX Runtime's own operators. Files of the `onnxruntime` target hold them, the reference never.
+ORT_DOMAIN = "com.microsoft"
+
 LINEARS_KEY = "qdit.linears"
 BLOCKS_KEY = "qdit.blocks"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..progress import Progress, Silent
 from .contents import checkpoint_contents
-from .lower import export_standard
+from .lower import export_lowered
 from .opsets import DEFAULT_OPSET, ComputeDtype, check_dtype, check_opset
 from .write import ExportedModel
 
@@ -31,7 +31,7 @@ def export_qdq(
     """
     check_opset(opset)
     check_dtype(dtype)
-    return export_standard(
+    return export_lowered(
         checkpoint.skeleton(),
         checkpoint.family,
         checkpoint_contents(checkpoint),

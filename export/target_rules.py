@@ -1,5 +1,7 @@
 """Which schemes each target can express, layer by layer, and the nearest scheme where it cannot.
 
+`onnxruntime/rules.py` has those of the ONNX Runtime target.
+
 'Nearest' changes as little as it can, in this order: symmetric for asymmetric, a finer group, more
 bits, and last a side left unquantized. It never takes fewer bits or a coarser group.
 
@@ -21,10 +23,6 @@ Nearest = Callable[[LinearSpec, LayerScheme], LayerScheme]
 
 _UNQUANTIZED = LayerScheme(weight_bits=UNQUANTIZED_BITS, activation_bits=UNQUANTIZED_BITS)
 
-# MatMulNBits computes blocks of these sizes right; 512 gave zeros (onnxruntime #28551). [tested]
-NBITS_BLOCKS = (16, 32, 64, 128, 256)
-_NBITS_GROUPS = tuple(size for size in NBITS_BLOCKS if size in GROUP_SIZES)
-
 # Coarser multiples repeat their scales over blocks of the smaller size.
 _INT4_BLOCK = 64
 _INT8_TENSOR_CORE_DEPTH = 32
@@ -37,57 +35,6 @@ def nothing_refused(spec: LinearSpec, scheme: LayerScheme) -> str | None:
 
 def as_it_is(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
     return scheme
-
-
-def refuse_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> str | None:
-    """`onnxruntime`: MatMulNBits, or an int8 product a token where the plan says 'token'.
-
-    1. Weight-only: MatMulNBits in float; the group (K for 'channel') a multiple of a block of 16.
-    2. 'token' activations with 'channel' weights, or with integer scales: MatMulInteger on int8
-       weights; symmetric activations. [tested]
-    3. Grouped activations: MatMulNBits at accuracy level 4; 8 bits, symmetric, groups 32 … 256
-       that divide the weight group (weight scales repeat, activation scales cannot). [tested]
-    """
-    if not scheme.quantizes_weights:
-        return None
-    k = spec.in_features
-    size = scheme.weight_group_size(k)
-    if not scheme.quantizes_activations:
-        return None if size % NBITS_BLOCKS[0] == 0 else _not_multiple("weight", size, 16)
-    if not scheme.activation_symmetric:
-        return "its integer products take symmetric activations only"
-    if scheme.activation_group == "token":
-        if _is_int8_by_channel(scheme):
-            return None
-        return (
-            "per-token activations need per-channel weights or integer scales: one integer sum "
-            "has one scale"
-        )
-    if scheme.activation_bits != 8:
-        return f"MatMulNBits quantizes activations to 8 bits, not {scheme.activation_bits}"
-    if scheme.activation_group not in _NBITS_GROUPS:
-        blocks = ", ".join(map(str, _NBITS_GROUPS))
-        return f"activation groups must be {blocks}, got {scheme.activation_group}"
-    if size % scheme.activation_group:
-        return (
-            f"the weight group {size} must be a multiple of the activation group "
-            f"{scheme.activation_group}: both are one block of MatMulNBits"
-        )
-    return None
-
-
-def nearest_onnxruntime(spec: LinearSpec, scheme: LayerScheme) -> LayerScheme:
-    if not scheme.quantizes_activations:
-        return _UNQUANTIZED  # only a K that 16 does not divide comes here
-    symmetric = replace(scheme, activation_symmetric=True)
-    if refuse_onnxruntime(spec, symmetric) is None:
-        return symmetric
-    k = spec.in_features
-    weight, wanted = scheme.weight_group_size(k), scheme.activation_group_size(k)
-    fitting = [size for size in _NBITS_GROUPS if size <= wanted and weight % size == 0]
-    if not fitting:
-        return scheme.weight_only()
-    return replace(symmetric, activation_bits=8, activation_group=max(fitting))
 
 
 def refuse_tensorrt_plugin(spec: LinearSpec, scheme: LayerScheme) -> str | None:

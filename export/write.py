@@ -19,7 +19,7 @@ from .passes.spool_initializers import SpoolInitializersPass
 
 # protobuf reads messages up to 2 GiB - 1; the graph's own bytes fit into the rest.
 INLINE_LIMIT = 2**31 - 2**24
-_STANDARD_DOMAINS = ("", "ai.onnx")
+STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def write_model(
     dtype: str,
     progress: Progress,
     inline_limit: int | None = None,
+    domains: tuple[str, ...] = STANDARD_DOMAINS,
 ) -> ExportedModel:
     """Write `model` to `path`, with `<name>.data` beside it where it exceeds `inline_limit` bytes
     (`INLINE_LIMIT` by default).
@@ -47,9 +48,9 @@ def write_model(
     The files are made and checked (full check with shape inference) in a folder beside `path` and
     then moved into place, the data first: a kill at any point leaves no file of the new model, or
     a whole one. Identical initializers are stored once. Raises `StepError` where the checker
-    refuses the model, or a node is neither a standard operator nor a function of the model itself.
+    refuses the model, or a node is neither of one of `domains` nor a function of the model itself.
     """
-    _check_domains(model)
+    _check_domains(model, domains)
     with _partial_folder(path) as folder:
         data = folder / f"{path.name}.data"
         spool = SpoolInitializersPass(data, progress)
@@ -71,11 +72,13 @@ def write_model(
     return ExportedModel(path, data_path, size, opset, dtype)
 
 
-def _check_domains(model: ir.Model) -> None:
+def _check_domains(model: ir.Model, domains: tuple[str, ...]) -> None:
+    others = [domain for domain in domains if domain not in STANDARD_DOMAINS]
+    held = ", ".join(["standard operators", *(f"those of {domain}" for domain in others)])
     for node in model.graph:
-        if node.domain not in _STANDARD_DOMAINS and node.op_identifier() not in model.functions:
+        if node.domain not in domains and node.op_identifier() not in model.functions:
             raise StepError(
-                "an exported file holds standard operators and functions of its own only, got "
+                f"an exported file holds {held} and functions of its own only, got "
                 f"{node.domain}::{node.op_type} in {node.name}; a lowering pass did not run"
             )
 

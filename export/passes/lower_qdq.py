@@ -44,7 +44,11 @@ class LowerQdqPass(ir.passes.InPlacePass):
 
 
 class LinearLowering:
-    """The state of one run over a graph. Other targets override `activation` and `product`."""
+    """The state of one run over a graph.
+
+    Other targets override what a linear reads (`activation`), multiplies by (`matrix`) or becomes
+    as a whole (`product`); names, the order of nodes and the records are the same for all.
+    """
 
     def __init__(self, model: ir.Model, dtype: ComputeDtype) -> None:
         self.model = model
@@ -84,13 +88,22 @@ class LinearLowering:
         self, operand: ir.Value, matrix: ir.Value, contents: LinearContents, shape: ir.Shape
     ) -> ir.Value:
         """MatMul and the bias, if there is one."""
-        spec, compute = contents.spec, onnx_dtype(self.dtype)
-        name = f"{spec.name}/product" if contents.bias is not None else f"{spec.name}.output"
-        output = self.emit.node("MatMul", [operand, matrix], name, compute, shape)
+        name, compute = self.product_name(contents), onnx_dtype(self.dtype)
+        product = self.emit.node("MatMul", [operand, matrix], name, compute, shape)
+        return self.add_bias(product, contents, shape)
+
+    def product_name(self, contents: LinearContents) -> str:
+        """What a product is called that `add_bias` follows: the output where there is no bias."""
+        name = contents.spec.name
+        return f"{name}.output" if contents.bias is None else f"{name}/product"
+
+    def add_bias(self, product: ir.Value, contents: LinearContents, shape: ir.Shape) -> ir.Value:
+        """product + bias as '<linear>.output'; the product itself where there is no bias."""
         if contents.bias is None:
-            return output
-        bias = self.bias(contents.bias, f"{spec.name}.bias")
-        return self.emit.node("Add", [output, bias], f"{spec.name}.output", compute, shape)
+            return product
+        name, compute = contents.spec.name, onnx_dtype(self.dtype)
+        bias = self.bias(contents.bias, f"{name}.bias")
+        return self.emit.node("Add", [product, bias], f"{name}.output", compute, shape)
 
     def matrix(self, contents: LinearContents) -> ir.Value:
         """The weight [K, N] in the compute dtype."""

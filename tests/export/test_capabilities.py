@@ -21,7 +21,15 @@ from qdit.calibrate.quantizers import (
 )
 from qdit.calibrate.schemes import GROUP_SIZES, PRESETS, LayerScheme, preset_bits
 from qdit.errors import InputError
-from qdit.export.capabilities import TARGETS, Refusal, check, nearest_plan
+from qdit.export.capabilities import (
+    TARGETS,
+    Refusal,
+    built_targets,
+    check,
+    computed_plan,
+    nearest_plan,
+    realizations,
+)
 
 _WIDTH = 1152
 
@@ -57,9 +65,10 @@ class TestRules:
         [
             ("onnxruntime", {"activation_symmetric": False}, "symmetric activations only"),
             ("onnxruntime", {"activation_bits": 4}, "8 bits, not 4"),
-            ("onnxruntime", {"activation_group": 96, "weight_group": 96}, "32, 64, 128, 256"),
-            ("onnxruntime", {"activation_group": "token"}, "per-channel weights"),
-            ("onnxruntime", {"weight_group": 64}, "multiple of the activation group"),
+            ("onnxruntime", {"activation_group": 96, "weight_group": 96}, "in groups of 32, finer"),
+            ("onnxruntime", {"activation_group": "token"}, "of 128, finer than token"),
+            ("onnxruntime", {"weight_group": 64}, "of 64, finer than 128"),
+            ("onnxruntime", {"activation_group": 144, "weight_group": 144}, "no block of 32, 64"),
             ("tensorrt-plugin", {"weight_group": 144}, "multiples of 32, got 144"),
             ("tensorrt-plugin", {"activation_group": 144}, "multiples of 32, got 144"),
             ("tensorrt-plugin", {"activation_bits": 16, "weight_group": 144}, "of 32, got 144"),
@@ -147,6 +156,42 @@ class TestRules:
             check(plan, [_spec()], "openvino")
         with pytest.raises(InputError, match=r"a version must look like 10\.9"):
             check(plan, [_spec()], "qdq", "new")
+
+
+class TestRealizations:
+    """What a target that writes every plan makes of a linear."""
+
+    @pytest.mark.parametrize("target", ["qdq", "onnxruntime"])
+    def test_every_scheme_becomes_something_no_coarser(self, target: str) -> None:
+        for scheme in _every_scheme():
+            plan = QuantizationPlan("custom", {"linear": scheme})
+            made = realizations(plan, [_spec()], target)["linear"]
+            assert replace(made.scheme, activation_group=scheme.activation_group) == scheme, (
+                "only activation groups may change"
+            )
+            assert made.scheme.activation_group_size(_WIDTH) <= (
+                scheme.activation_group_size(_WIDTH)
+            )
+            assert bool(made.reason) == (
+                not made.is_exact(scheme) or (target == "onnxruntime" and not made.is_native())
+            )
+
+    def test_the_computed_plan_is_the_plan_but_for_finer_activations(self) -> None:
+        linears = [_spec(name="a"), _spec(name="b")]
+        finer = replace(LayerScheme(), activation_group=96, weight_group=96)
+        plan = QuantizationPlan("custom", {"a": LayerScheme(), "b": finer})
+        assert computed_plan(plan, linears, "qdq") is plan
+        computed = computed_plan(plan, linears, "onnxruntime")
+        assert computed["a"] == LayerScheme()
+        assert computed["b"] == replace(finer, activation_group=32)
+
+    def test_targets_that_refuse_have_none(self) -> None:
+        plan = QuantizationPlan("w4a8", {"linear": LayerScheme()})
+        with pytest.raises(InputError, match="tensorrt-int4 does not write every plan"):
+            realizations(plan, [_spec()], "tensorrt-int4")
+
+    def test_built_targets_start_with_the_reference(self) -> None:
+        assert built_targets()[:2] == ("qdq", "onnxruntime")
 
 
 class TestNearestPlans:

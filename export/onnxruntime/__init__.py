@@ -1,0 +1,1 @@
+"""The `onnxruntime` target: linears in the operators that ONNX Runtime runs fastest."""

@@ -1,0 +1,70 @@
+"""The `onnxruntime` target: the quantized model in the operators that ONNX Runtime runs fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ...calibrate.checkpoint import QuantizedCheckpoint
+from ...errors import InputError
+from ...progress import Progress, Silent
+from ..contents import LinearContents, checkpoint_contents
+from ..lower import export_lowered
+from ..opsets import DEFAULT_OPSET, ORT_DOMAIN, check_opset
+from ..write import STANDARD_DOMAINS, ExportedModel
+from .fuse_attention import FuseAttentionPass
+from .fuse_modulation import FuseModulationPass
+from .lower_onnxruntime import LowerOnnxRuntimePass
+from .narrow_initializers import NarrowInitializersPass
+
+DOMAINS = (*STANDARD_DOMAINS, ORT_DOMAIN)
+
+
+def onnxruntime_lowering(contents: Mapping[str, LinearContents]) -> ir.passes.PassBase:
+    """The target's passes, for a model traced in float32."""
+    return ir.passes.Sequential(
+        LowerOnnxRuntimePass(contents),
+        FuseModulationPass(),
+        FuseAttentionPass(),
+        NarrowInitializersPass(),
+    )
+
+
+def check_onnxruntime_dtype(dtype: str) -> None:
+    """Raise `InputError` for a compute dtype that the target does not have."""
+    if dtype != "float32":
+        raise InputError(
+            f"target onnxruntime computes in float32, got --dtype {dtype}: its integer products "
+            "give float32; leave --dtype out"
+        )
+
+
+def export_onnxruntime(
+    checkpoint: QuantizedCheckpoint,
+    path: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    progress: Progress | None = None,
+) -> ExportedModel:
+    """Write `checkpoint` as an ONNX file for ONNX Runtime on a CPU.
+
+    Inputs, output, metadata and memory are those of `export_qdq`; metadata 'qdit.linears' also
+    says what each linear became (`LowerOnnxRuntimePass`). Raises `InputError` for an opset that
+    cannot be written.
+    """
+    check_opset(opset)
+    contents = checkpoint_contents(checkpoint)
+    return export_lowered(
+        checkpoint.skeleton(),
+        checkpoint.family,
+        contents,
+        Path(path),
+        name=checkpoint.model_name,
+        dtype="float32",
+        opset=opset,
+        progress=progress or Silent(),
+        lowering=onnxruntime_lowering(contents),
+        domains=DOMAINS,
+    )
