@@ -403,7 +403,8 @@ def _validate(
     engine: Annotated[
         str,
         typer.Option(
-            help="What is proven: onnxruntime (model.onnx on the CPU) or torch (the CUDA kernels)."
+            help="What is proven: onnxruntime (model.onnx on the CPU), torch (the CUDA kernels), "
+            "tensorrt-plugin, tensorrt-int8, tensorrt-int4, or tensorrt for the one there."
         ),
     ] = "onnxruntime",
     num_inference_steps: Steps = 20,
@@ -433,6 +434,8 @@ def _validate(
       qdit-validate build/demo-w4a8 --fid-samples 256 --seed 1
 
       qdit-validate build/demo-w4a8 --engine torch --device cuda --fid-samples 10000
+
+      qdit-validate build/demo-w8a8 --engine tensorrt --device cuda
     """
     from .engines import validate_job
 

@@ -4,9 +4,10 @@ A pure function of figures. Checks, in order (docs/report.md has the derivations
 
 1. `finite_images`: no image of either model holds NaN or infinity;
 2. `linears_same_input`: every quantized linear, fed the same input, is as close to the simulation
-   as its bound says;
+   as its bound says; for an engine that shows no linears `engine_vs_file` instead: its outputs are
+   as close to those of its own file in ONNX Runtime;
 3. `denoiser_bound`: the engine is at most twice as far from the simulation as the simulation is
-   from itself in another precision;
+   from itself in another precision; left out for an engine that changes the plan's meaning;
 4. `simulation_error`: the quantized denoiser is nearer to full precision than an all-zero output;
 5. `fid_increase`: the lower end of the FID difference's 95 % interval is within the limit.
 
@@ -24,12 +25,14 @@ from ..calibrate.fid import FidDifference
 from .parity import DenoiserParity
 from .parity_images import ImageParity
 from .parity_internals import LinearError
+from .parity_measure import Comparison
 from .parity_timesteps import BOUND_FACTOR
 
 Outcome = Literal["passed", "failed", "not run"]
 
 DEFAULT_FID_SHARE = 0.2
 LINEAR_BOUND = 1e-6
+FILE_BOUND = 2e-2
 SIMULATION_BOUND = 1.0
 
 
@@ -96,8 +99,8 @@ def judge(
     return Gate(
         (
             _images(images, no_images),
-            _linears(parity),
-            _denoiser(parity),
+            _linears(parity) if parity.file is None else _file(parity.file),
+            *([_denoiser(parity)] if parity.exact else []),
             _simulation(parity),
             _fid(fid, limits, no_fid),
         )
@@ -155,6 +158,16 @@ def _linears(parity: DenoiserParity) -> Check:
         )
 
     return _check(name, error, limit, say)
+
+
+def _file(comparison: Comparison) -> Check:
+    def say(where: str) -> str:
+        return (
+            f"the engine is {comparison.relative_error:.2g} from its own file in ONNX Runtime, "
+            f"{where} the bound {FILE_BOUND:g}"
+        )
+
+    return _check("engine_vs_file", comparison.relative_error, FILE_BOUND, say)
 
 
 def _denoiser(parity: DenoiserParity) -> Check:

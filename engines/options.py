@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 WeightMethod = Literal["gptq", "mse", "nearest"]
 ComputeDtype = Literal["float32", "float16"]
+EngineName = Literal[
+    "onnxruntime", "torch", "tensorrt", "tensorrt-plugin", "tensorrt-int8", "tensorrt-int4"
+]
 SearchMethod = Literal["none", "sensitivity", "evolutionary"]
 
 
@@ -134,7 +137,7 @@ class ProofOptions(Options):
 class ValidateOptions(ProofOptions):
     """The flags of a proof of an exported folder. `engine` is the one that is proven."""
 
-    engine: Literal["onnxruntime", "torch"] = "onnxruntime"
+    engine: EngineName = "onnxruntime"
 
 
 class SearchOptions(Options):

@@ -56,7 +56,9 @@ class DenoiserParity:
     """Everything that was compared on the denoiser itself.
 
     The two overall figures are relative errors of the predicted noise over all images and steps.
-    `linears` and `blocks` come from one step, the middle one.
+    `linears` and `blocks` come from one step, the middle one. `file`: the engine against what else
+    runs its file, where its inner values cannot be looked at; None elsewhere. `exact`: the engine
+    computes what the plan says.
     """
 
     simulation: Comparison
@@ -67,6 +69,8 @@ class DenoiserParity:
     timesteps: list[TimestepError]
     images: int
     dtype: str
+    file: Comparison | None = None
+    exact: bool = True
 
     @property
     def worst_linear(self) -> LinearError | None:
@@ -116,6 +120,7 @@ def _measure(comparison: _Parity, full: _Outputs, engine: ProofEngine) -> Denois
     values = engine.exposed()
     try:
         arrays, made = comparison.engine_outputs(engine, values)
+        file = comparison.against_file(engine, made)
     except QditError:
         raise
     except Exception as error:  # whatever the runtime raises
@@ -129,10 +134,14 @@ def _measure(comparison: _Parity, full: _Outputs, engine: ProofEngine) -> Denois
             [made[i] for i in bounded], [simulated.noise[i] for i in bounded], other, dtype
         ),
         linears=linear_errors(simulation, model.family, values, arrays, dtype),
-        blocks=block_errors(full.blocks, simulated.blocks, engine_blocks(values, arrays)),
+        blocks=block_errors(
+            full.blocks, simulated.blocks, engine_blocks(values, arrays) if values.blocks else None
+        ),
         timesteps=timestep_errors(comparison.steps, full.noise, *on_steps),
         images=len(comparison.steps[0].labels),
         dtype=dtype,
+        file=file,
+        exact=engine.exact,
     )
 
 
@@ -212,22 +221,39 @@ class _Parity:
         """
         family, denoiser = self.model.family, self.model.denoiser
         names = tuple(spec.name for spec in family.inputs(denoiser))
-        inner = engine.open(values.names)
-        try:
-            arrays = inner.infer(self.middle.arrays(names))
-        finally:
-            inner.close()
-        release_memory()
+        arrays: dict[str, NDArray[Any]] = {}
+        if values.names:
+            inner = engine.open(values.names)
+            try:
+                arrays = inner.infer(self.middle.arrays(names))
+            finally:
+                inner.close()
+            release_memory()
+        return arrays, self._noise(engine, self.inputs, "parity: engine")
+
+    def against_file(self, engine: ProofEngine, made: Sequence[Tensor]) -> Comparison | None:
+        """The engine's noise against its reference's, on the trajectories' inputs of the bound."""
+        reference = engine.reference()
+        if reference is None:
+            return None
+        chosen = [index for index in self.bounded if index < len(self.steps)]
+        steps = [self.inputs[index] for index in chosen]
+        noise = self._noise(reference, steps, "parity: the same file in ONNX Runtime")
+        return compare_outputs([made[index] for index in chosen], noise)
+
+    def _noise(self, engine: ProofEngine, steps: Sequence[Step], what: str) -> list[Tensor]:
+        """The predicted noise of an engine as it is deployed."""
+        family, denoiser = self.model.family, self.model.denoiser
+        names = tuple(spec.name for spec in family.inputs(denoiser))
         noise = []
         deployed = engine.open()
         try:
-            tracked = self.progress.track(self.inputs, "parity: engine", total=len(self.inputs))
-            for step in tracked:
+            for step in self.progress.track(steps, what, total=len(steps)):
                 raw = deployed.infer(step.arrays(names))[family.output_name]
                 noise.append(family.noise_prediction(denoiser, torch.from_numpy(raw)))
         finally:
             deployed.close()
-        return arrays, noise
+        return noise
 
     def _run(self, denoiser: nn.Module, steps: Sequence[Step], description: str) -> list[Tensor]:
         return run_steps(

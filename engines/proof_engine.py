@@ -33,12 +33,14 @@ class ProofEngine(Protocol):
 
     `name` is one of `ENGINE_TITLES`; `what` names the artifact in errors;
     `dtype` is what it computes in; `on_gpu` says whether it makes the images on a GPU, where
-    otherwise the simulation does.
+    otherwise the simulation does. `exact`: it computes what the plan says, so that the simulation
+    bounds its error; an engine of static scales does not.
     """
 
     name: str
     dtype: str
     on_gpu: bool
+    exact: bool
 
     @property
     def what(self) -> str: ...
@@ -47,7 +49,11 @@ class ProofEngine(Protocol):
         """What its images follow from, beside model, weights and sampling: plain JSON."""
 
     def exposed(self) -> ExposedValues:
-        """The inner values that it can return."""
+        """The inner values that it can return; none where a runtime fuses them away."""
+
+    def reference(self) -> ProofEngine | None:
+        """What runs the same file by another's code, to hold it against; None where the inner
+        values can be looked at."""
 
     def open(self, extra_outputs: Sequence[str] = ()) -> InferenceEngine:
         """Load it; `infer` then returns `extra_outputs` as well."""
@@ -61,6 +67,7 @@ class OnnxRuntimeProof:
 
     name = "onnxruntime"
     on_gpu = False
+    exact = True
 
     def __init__(
         self, path: Path, dtype: str, *, threads: int | None = None, fold_weights: bool = True
@@ -80,6 +87,9 @@ class OnnxRuntimeProof:
     def exposed(self) -> ExposedValues:
         return exposed_values(self.path)
 
+    def reference(self) -> ProofEngine | None:
+        return None
+
     def open(self, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine(
             self.path,
@@ -95,6 +105,7 @@ class TorchProof:
     name = "torch"
     dtype = "float16"
     on_gpu = True
+    exact = True
 
     def __init__(self, checkpoint: QuantizedCheckpoint, device: str) -> None:
         self._checkpoint = checkpoint
@@ -111,6 +122,9 @@ class TorchProof:
         from .torch_engine.exposed import exposed_values_of
 
         return exposed_values_of(self._checkpoint)
+
+    def reference(self) -> ProofEngine | None:
+        return None
 
     def open(self, extra_outputs: Sequence[str] = ()) -> TorchEngine:
         from .torch_engine.engine import TorchEngine

@@ -29,7 +29,7 @@ def run_validate(
     """Prove `folder`; True when the gate passed. `model` overrides where full precision lies."""
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
-    engine = _engine(folder, checkpoint, options, device)
+    engine = _engine(folder, checkpoint, options, device, progress)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
@@ -60,8 +60,17 @@ def run_validate(
 
 
 def _engine(
-    folder: Path, checkpoint: QuantizedCheckpoint, options: ValidateOptions, device: str
+    folder: Path,
+    checkpoint: QuantizedCheckpoint,
+    options: ValidateOptions,
+    device: str,
+    progress: Progress,
 ) -> ProofEngine:
+    if options.engine.startswith("tensorrt"):
+        from .tensorrt.proof import TensorRtProof, target_file
+
+        path = target_file(folder, options.engine)
+        return TensorRtProof(path, progress=progress, threads=options.threads)
     if options.engine == "torch":
         if not device.startswith("cuda"):
             raise InputError(

@@ -199,6 +199,9 @@ def _parity(proof: Proof) -> ParityEntry:
         engine_vs_simulation=EngineComparisonEntry(
             **_comparison(parity.engine), bound=_bound(parity.bound)
         ),
+        engine_vs_file=(
+            None if parity.file is None else ComparisonEntry(**_comparison(parity.file))
+        ),
         linears=tuple(
             LinearEntry(
                 name=linear.name,

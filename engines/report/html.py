@@ -15,7 +15,7 @@ from . import numbers
 from .grid import DIFFERENCE_GAIN, Pixels, Samples, encode
 from .integer_scales import integer_scales_plot, integer_scales_text
 from .plots import MOST_LABELLED_BLOCKS, all_plots, layer_errors
-from .schema import CheckEntry, Report
+from .schema import CheckEntry, ParityEntry, Report
 from .search_plots import search_plots
 from .search_text import front_note, plan_table, sentences
 from .svg import Picture
@@ -27,6 +27,7 @@ _STYLE = "report.css"
 _CHECKS = {
     "finite_images": "No image holds NaN or infinity",
     "linears_same_input": "Each linear, fed the same input",
+    "engine_vs_file": "Engine against its own file in ONNX Runtime",
     "denoiser_bound": "Whole denoiser, engine against simulation",
     "simulation_error": "Whole denoiser, against full precision",
     "fid_increase": "FID increase, lower end of its interval",
@@ -127,18 +128,26 @@ def tiles(report: Report) -> list[Tile]:
                 f"{numbers.count(fid.samples)} image pairs",
             )
         )
-    engine = parity.engine_vs_simulation
+    return [*found, _engine_tile(parity)]
+
+
+def _engine_tile(parity: ParityEntry) -> Tile:
+    engine, title = parity.engine_vs_simulation, _title(parity.engine)
     narrow, wide = engine.bound.own_dtypes
-    found.append(
-        Tile(
-            f"{_title(parity.engine)} vs simulation",
-            numbers.error(engine.relative_error),
-            f"relative error of the predicted noise: {numbers.plain(engine.bound.ratio)} times the "
-            f"simulation's own distance between {narrow} and {wide}; at most "
-            f"{engine.bound.limit:g} is allowed",
+    if parity.engine_vs_file is not None:
+        return Tile(
+            f"{title} vs its file",
+            numbers.error(parity.engine_vs_file.relative_error),
+            "relative error of the predicted noise against the same file in ONNX Runtime; "
+            f"{numbers.error(engine.relative_error)} from the simulation",
         )
+    return Tile(
+        f"{title} vs simulation",
+        numbers.error(engine.relative_error),
+        f"relative error of the predicted noise: {numbers.plain(engine.bound.ratio)} times the "
+        f"simulation's own distance between {narrow} and {wide}; at most "
+        f"{engine.bound.limit:g} is allowed",
     )
-    return found
 
 
 def _title(engine: str) -> str:

@@ -245,8 +245,9 @@ class CheckEntry(Entry):
 class ParityEntry(Entry):
     """All paired figures, and the gate's verdict on them.
 
-    `engine` is the one that was proven, 'onnxruntime' or 'torch'. `images_compared` and
-    `steps_compared` say on how many inputs the denoisers were compared.
+    `engine` is the one that was proven, 'onnxruntime', 'torch' or 'tensorrt'. `images_compared` and
+    `steps_compared` say on how many inputs the denoisers were compared. `engine_vs_file`: the
+    engine against its own file in ONNX Runtime, null where its linears were compared instead.
     """
 
     passed: bool
@@ -259,6 +260,7 @@ class ParityEntry(Entry):
     simulation_vs_full_precision: ComparisonEntry
     engine: str
     engine_vs_simulation: EngineComparisonEntry
+    engine_vs_file: ComparisonEntry | None = None
     linears: tuple[LinearEntry, ...]
     blocks: tuple[BlockEntry, ...]
     timesteps: tuple[TimestepEntry, ...]

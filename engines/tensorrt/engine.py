@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from ...errors import ArtifactError, InputError, StepError
 from ..engine import Arrays, TensorSpec, check_inputs
+from ..engine import as_denoiser as denoiser_by_arrays
 from .cuda import DeviceBuffer, Graph, checked, cuda_runtime
 from .ledger import layers_of
 from .library import tensorrt_module
@@ -20,8 +22,23 @@ if TYPE_CHECKING:
 
     from ...calibrate.families.base import Denoiser, Family
 
-_MOST_GRAPHS = 8  # one a batch size: each keeps launch parameters, not tensors
+_WARM_UP = 3
+_MOST_BATCHES = 4  # whose contexts are kept: each holds TensorRT's scratch memory
 _BATCH = "batch"
+
+
+@dataclass
+class _Slot:
+    """An execution context, and the graph captured from it. refused: it cannot be captured."""
+
+    context: Any
+    graph: Graph | None = None
+    refused: bool = False
+
+    def forget_graph(self) -> None:
+        if self.graph is not None:
+            self.graph.free()
+            self.graph = None
 
 
 class TensorRtEngine:
@@ -48,9 +65,7 @@ class TensorRtEngine:
                 f"TensorRT {self._trt.__version__} cannot load {self.path}: {self._log.text()}; "
                 "build it again on this machine"
             )
-        self._context: Any = self._engine.create_execution_context()
-        if self._context is None:
-            raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
+        self._context: Any = self._new_context()
         self._stream = int(checked(self._runtime, self._runtime.cudaStreamCreate()))
         self._names = [
             self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)
@@ -63,8 +78,10 @@ class TensorRtEngine:
             self._spec(name, is_input=False) for name in self._names if name not in given
         )
         self._buffers = {name: DeviceBuffer(self._runtime) for name in self._names}
-        self._graphs: dict[tuple[int, ...], Graph | None] = {}
+        self._slots: dict[int, _Slot] = {}
         self._uses_graphs = graphs
+        self._batch: int | None = None  # of the bound inputs
+        self._made: dict[str, np.ndarray] = {}
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -89,6 +106,12 @@ class TensorRtEngine:
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """All outputs by name, on the host. Raises `InputError` for inputs that do not fit."""
+        self.bind(inputs)
+        self.run()
+        return self.outputs()
+
+    def bind(self, inputs: Arrays) -> None:
+        """Copy the inputs of the runs to come to the GPU. Raises `InputError` as `infer` does."""
         self._open()
         check_inputs(self._inputs, inputs)
         batch = self._checked_batch(next(iter(inputs.values())).shape[0])
@@ -96,20 +119,33 @@ class TensorRtEngine:
             name: np.ascontiguousarray(array, dtype=self._native[name])
             for name, array in inputs.items()
         }
+        moved = [self._buffers[name].reserve(array.nbytes) for name, array in arrays.items()]
+        context = self._slot(batch).context
         for name, array in arrays.items():
-            self._buffers[name].reserve(array.nbytes)
-            self._set_shape(name, array.shape)
-        made = self._output_arrays()
-        moved = [self._buffers[name].reserve(array.nbytes) for name, array in made.items()]
+            _set_shape(context, name, array.shape)
+        self._made = self._output_arrays(context)
+        moved += [self._buffers[name].reserve(array.nbytes) for name, array in self._made.items()]
+        if any(moved):  # a graph holds addresses: where a buffer moved, every graph is void
+            self._forget_graphs()
+        self._batch = batch
         for name in self._names:
-            self._context.set_tensor_address(name, self._buffers[name].pointer)
+            context.set_tensor_address(name, self._buffers[name].pointer)
         for name, array in arrays.items():
             self._buffers[name].upload(array, self._stream)
-        self._launch(batch, anew=any(moved))
-        for name, array in made.items():
+        self._synchronize()
+
+    def run(self) -> None:
+        """One execution on the bound inputs; returns when it has finished."""
+        self._launch(self._bound())
+        self._synchronize()
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        """What the last run made, by name, on the host."""
+        self._bound()
+        for name, array in self._made.items():
             self._buffers[name].download(array, self._stream)
         self._synchronize()
-        return {spec.name: made[spec.name].astype(spec.dtype, copy=False) for spec in self._outputs}
+        return {spec.name: self._made[spec.name].astype(spec.dtype) for spec in self._outputs}
 
     def run_torch(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same on CUDA tensors, without copies, on torch's current stream.
@@ -120,11 +156,13 @@ class TensorRtEngine:
         import torch
 
         self._open()
+        if not self._uses_graphs:
+            self._batch = None  # one context serves both: what was bound is not there any more
         for spec in self._inputs:
             _check_tensor(spec, inputs, self._native[spec.name])
         self._checked_batch(next(iter(inputs.values())).shape[0])
         for name, tensor in inputs.items():
-            self._set_shape(name, tuple(tensor.shape))
+            _set_shape(self._context, name, tuple(tensor.shape))
             self._context.set_tensor_address(name, tensor.data_ptr())
         device = next(iter(inputs.values())).device
         made = {
@@ -137,7 +175,7 @@ class TensorRtEngine:
         }
         for name, tensor in made.items():
             self._context.set_tensor_address(name, tensor.data_ptr())
-        self._enqueue(torch.cuda.current_stream(device).cuda_stream)
+        self._enqueue(self._context, torch.cuda.current_stream(device).cuda_stream)
         return made
 
     def native_dtypes(self) -> dict[str, np.dtype[Any]]:
@@ -145,8 +183,13 @@ class TensorRtEngine:
         return dict(self._native)
 
     def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
-        """This engine for the sampling loop: tensors stay on the GPU."""
+        """This engine for the sampling loop; where torch has CUDA, tensors stay on the GPU."""
+        import torch
+
         from ...calibrate.checkpoint_model import empty_denoiser
+
+        if not torch.cuda.is_available():
+            return denoiser_by_arrays(self, family, config)
 
         outline = empty_denoiser(family, config, {})
         names = [spec.name for spec in family.inputs(outline)]
@@ -163,14 +206,15 @@ class TensorRtEngine:
 
     def time_batches(self, inputs: Arrays, runs: int) -> list[float]:
         """Milliseconds of each of `runs` executions on the GPU, copies not counted."""
-        self.infer(inputs)  # buffers, addresses and the graph are there now
-        batch = self._checked_batch(next(iter(inputs.values())).shape[0])
+        self.bind(inputs)
+        for _ in range(_WARM_UP):
+            self.run()
         runtime = self._runtime
         events = [checked(runtime, runtime.cudaEventCreate()) for _ in range(2)]
         found = []
         for _ in range(runs):
             checked(runtime, runtime.cudaEventRecord(events[0], self._stream))
-            self._launch(batch, anew=False)
+            self._launch(self._bound())
             checked(runtime, runtime.cudaEventRecord(events[1], self._stream))
             self._synchronize()
             found.append(float(checked(runtime, runtime.cudaEventElapsedTime(*events))))
@@ -182,13 +226,11 @@ class TensorRtEngine:
         """Free the engine, its buffers and its graphs."""
         if self._engine is None:
             return
-        for graph in self._graphs.values():
-            if graph is not None:
-                graph.free()
+        self._forget_graphs()
         for buffer in self._buffers.values():
             buffer.free()
         checked(self._runtime, self._runtime.cudaStreamDestroy(self._stream))
-        self._graphs = {}
+        self._slots = {}
         self._context = self._engine = self._loader = None
 
     def __enter__(self) -> TensorRtEngine:
@@ -226,55 +268,68 @@ class TensorRtEngine:
             )
         return batch
 
-    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        if not self._context.set_input_shape(name, shape):
-            raise InputError(f"the engine does not take {name} of shape {list(shape)}")
-
-    def _output_arrays(self) -> dict[str, np.ndarray]:
+    def _output_arrays(self, context: Any) -> dict[str, np.ndarray]:
         return {
-            spec.name: np.empty(
-                tuple(self._context.get_tensor_shape(spec.name)), self._native[spec.name]
-            )
+            spec.name: np.empty(tuple(context.get_tensor_shape(spec.name)), self._native[spec.name])
             for spec in self._outputs
         }
 
-    def _launch(self, batch: int, *, anew: bool) -> None:
+    def _bound(self) -> int:
+        """The batch that is bound. Raises `InputError` where none is, or not any more."""
+        self._open()
+        if self._batch is None:
+            raise InputError("the engine has no inputs bound; call bind or infer first")
+        return self._batch
+
+    def _slot(self, batch: int) -> _Slot:
+        """The context of a batch size. Where graphs are captured each has its own: a graph is valid
+        for the shapes and the memory of the context that it was captured from."""
+        if not self._uses_graphs:
+            return _Slot(self._context)
+        if batch not in self._slots:
+            while len(self._slots) >= _MOST_BATCHES:
+                self._slots.pop(next(iter(self._slots))).forget_graph()
+            self._slots[batch] = _Slot(self._new_context())
+        return self._slots[batch]
+
+    def _new_context(self) -> Any:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
+        return context
+
+    def _launch(self, batch: int) -> None:
         """Replay the graph of this batch size, capturing it where there is none yet.
 
-        A graph holds addresses: where a buffer moved, every graph is void. The first run of a batch
-        size is no capture: TensorRT sets things up then that cannot be captured.
+        The first run of a batch size is no capture: TensorRT sets things up then that cannot be
+        captured.
         """
-        key = (batch, *(buffer.pointer for buffer in self._buffers.values()))
-        if anew:
-            self._forget_graphs()
-        if not self._uses_graphs:
-            self._enqueue(self._stream)
-        elif key not in self._graphs:
-            self._enqueue(self._stream)
+        slot = self._slot(batch)
+        if slot.graph is not None:
+            slot.graph.launch(self._stream)
+            return
+        self._enqueue(slot.context, self._stream)
+        if self._uses_graphs and not slot.refused:
             self._synchronize()
-            if len(self._graphs) >= _MOST_GRAPHS:
-                self._forget_graphs()
-            launch = lambda: self._enqueue(self._stream)  # noqa: E731 - one use, and no name for it
-            self._graphs[key] = Graph.capture(self._runtime, self._stream, launch)
-        else:
-            graph = self._graphs[key]
-            if graph is None:
-                self._enqueue(self._stream)
-            else:
-                graph.launch(self._stream)
+            launch = lambda: self._enqueue(slot.context, self._stream)  # noqa: E731 - one use
+            slot.graph = Graph.capture(self._runtime, self._stream, launch)
+            slot.refused = slot.graph is None
 
     def _forget_graphs(self) -> None:
-        for graph in self._graphs.values():
-            if graph is not None:
-                graph.free()
-        self._graphs = {}
+        for slot in self._slots.values():
+            slot.forget_graph()
 
-    def _enqueue(self, stream: int) -> None:
-        if not self._context.execute_async_v3(stream):
+    def _enqueue(self, context: Any, stream: int) -> None:
+        if not context.execute_async_v3(stream):
             raise StepError(f"TensorRT failed on {self.path}: {self._log.text()}")
 
     def _synchronize(self) -> None:
         checked(self._runtime, self._runtime.cudaStreamSynchronize(self._stream))
+
+
+def _set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:
+    if not context.set_input_shape(name, shape):
+        raise InputError(f"the engine does not take {name} of shape {list(shape)}")
 
 
 def _numpy_dtype(trt: Any, engine: Any, name: str) -> np.dtype[Any]:

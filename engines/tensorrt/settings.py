@@ -88,3 +88,11 @@ class BuildSettings:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> BuildSettings:
+        """The inverse of `to_json`. Raises `InputError` for what is none."""
+        try:
+            return cls(**{**value, "batch": BatchProfile(**value["batch"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"no build settings: {error}; build the engine again") from error

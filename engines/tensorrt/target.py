@@ -26,7 +26,8 @@ from .plugin.packing import Packing
 from .settings import BuildSettings
 from .store import StoredEngine, engine_path, stored_engine
 
-FOLDER = "tensorrt"
+FOLDER = "tensorrt"  # of an exported folder
+BEST = "tensorrt"  # stands for the target that is nearest to the plan
 _MOST_VIOLATIONS = 3  # of the error message
 
 

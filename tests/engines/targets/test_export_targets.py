@@ -223,6 +223,16 @@ class TestWithTensorRt:
         again = targets(model_folder, tmp_path, **INT8)[0].engine
         assert again is not None
         assert again.reused
+        flags = {"engine": "tensorrt", "num_inference_steps": 2, "fid_samples": 2, "device": "cpu"}
+        options = build_options(ValidateOptions, flags)
+        assert run_validate(tmp_path, options, None, "qdit-validate", Silent())
+        parity = read_report(tmp_path / "report.json").parity
+        assert parity.engine == "tensorrt"
+        assert parity.engine_vs_file is not None
+        assert parity.engine_vs_file.relative_error == 0.0  # the stand-in runs the file itself
+        assert parity.images is not None
+        assert parity.images.engine == "tensorrt"
+        assert "TensorRT vs its file" in (tmp_path / "report.html").read_text()
 
     def test_a_fallback_ends_the_export_and_leaves_no_engine(
         self, newest: Fake, model_folder: Path, tmp_path: Path
