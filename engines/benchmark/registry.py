@@ -38,10 +38,15 @@ def register(name: str, path: str, summary: str, *, quantized: bool) -> None:
 
 
 _ONNX = ".targets.onnxruntime_targets"
+_TENSORRT = ".targets.tensorrt_targets"
 _TORCH = ".targets.torch_targets"
 register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime", quantized=False)
 register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
 register("qdq-packed", f"{_ONNX}:QdqPacked", "model.onnx, weights kept packed", quantized=True)
+register("tensorrt-fp16", f"{_TENSORRT}:HalfPrecision", "unquantized TensorRT", quantized=False)
+register("tensorrt-plugin", f"{_TENSORRT}:Plugin", "the CUDA kernels in TensorRT", quantized=True)
+register("tensorrt-int8", f"{_TENSORRT}:Int8", "TensorRT's INT8 products", quantized=True)
+register("tensorrt-int4", f"{_TENSORRT}:Int4", "TensorRT's INT4 weights", quantized=True)
 register("torch", f"{_TORCH}:Eager", "full precision in PyTorch, eager", quantized=False)
 register("torch-bf16", f"{_TORCH}:EagerBFloat16", "bfloat16 in PyTorch, eager", quantized=False)
 register("torch-compile", f"{_TORCH}:Compiled", "full precision, torch.compile", quantized=False)

@@ -10,7 +10,10 @@ import pytest
 from qdit.engines.benchmark.registry import TARGETS, registrations
 from qdit.errors import InputError
 
-KNOWN = "fp32, qdq, qdq-packed, torch, torch-bf16, torch-compile, torch-quantized, torch-simulation"
+KNOWN = (
+    "fp32, qdq, qdq-packed, tensorrt-fp16, tensorrt-plugin, tensorrt-int8, tensorrt-int4, torch, "
+    "torch-bf16, torch-compile, torch-quantized, torch-simulation"
+)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -131,6 +132,7 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
     """The module `tensorrt` of a recorded version."""
     api = recorded(version)
     module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)  # torch asks whether TensorRT is there
     module.__version__ = api["version"]  # type: ignore[attr-defined]
     enums = {
         name: enum.IntEnum(name, members, start=0)  # type: ignore[misc]
