@@ -1,12 +1,12 @@
 """`qdit-serve` under load: step-mixed batching against whole trajectories and one at a time.
 
-    python benchmarks/serve_load.py build/demo --users 64 --rounds 3 --seconds 120 --json load.json
+    python benchmarks/serve_load.py build/demo --users 64 --rounds 2 --json load.json
 
 Locust's users ask for one image after another, with no pause, of 5 … 50 steps and with or without
 guidance. Every policy is the real server in a process of its own, with the same rows a call. It is
-watched for --seconds after --warmup, and the engine alone is timed right before and after it, in a
-third process: other work on the machine slows both. Rows a second, and the share of time that was
-spent in engine calls, come from the server's own counters; latencies from Locust.
+watched while it serves --rows rows after --warmup rows, and the engine alone is timed right before
+and after it, in a third process: other work on the machine slows both. Rows a second, and the share
+of time that was spent in engine calls, come from the server's own counters; latencies from Locust.
 
 'Short' requests are those of at most --short steps. Latencies are of the requests that ended while
 their server was watched, of all rounds together. The users' seeds are the same for each policy.
@@ -83,11 +83,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="what qdit-export wrote")
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="CPU threads of the engine")
     parser.add_argument("--max-batch", type=int, default=8, help="rows a call, for every policy")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--warmup", type=float, default=60.0)
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--warmup", type=int, default=2700, help="rows: 64 users' requests once")
+    parser.add_argument("--rows", type=int, default=5400)
     parser.add_argument("--short", type=int, default=10)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--seed", type=int, default=0)
@@ -99,10 +100,15 @@ def parse() -> argparse.Namespace:
 def time_engine(options: argparse.Namespace) -> float:
     """Rows a second of the engine itself at that batch size, in a process of its own."""
     command = [sys.executable, __file__, str(options.folder), "--engine-alone"]
-    command += ["--engine", options.engine, "--device", options.device]
-    command += ["--max-batch", str(options.max_batch)]
+    command += _engine_flags(options)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.splitlines()[-1])
+
+
+def _engine_flags(options: argparse.Namespace) -> list[str]:
+    flags = ["--engine", options.engine, "--device", options.device]
+    flags += ["--max-batch", str(options.max_batch)]
+    return [*flags, "--threads", str(options.threads)] if options.threads else flags
 
 
 def engine_alone(options: argparse.Namespace) -> None:
@@ -113,7 +119,7 @@ def engine_alone(options: argparse.Namespace) -> None:
     from qdit.engines.at_hand import EngineSettings
     from qdit.serve.served_model import load_served
 
-    settings = EngineSettings(options.device)
+    settings = EngineSettings(options.device, options.threads)
     served = load_served(options.folder, options.engine, settings, None, lambda message: None)
     rows = options.max_batch
     x = initial_noise(range(rows), served.sampled.sample_shape, seed=0)
@@ -132,8 +138,7 @@ def serving(options: argparse.Namespace, policy: str) -> Iterator[str]:
     """A fresh server; yields its URL."""
     command = [sys.executable, "-c", "from qdit.cli import serve_command; serve_command()"]
     command += [str(options.folder), "--port", "0", "--batching", policy]
-    command += ["--engine", options.engine, "--device", options.device]
-    command += ["--max-batch", str(options.max_batch), "--max-queue", str(4 * options.users)]
+    command += [*_engine_flags(options), "--max-queue", str(4 * options.users)]
     command += ["--request-timeout", "3600", "--drain-seconds", "0"]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
@@ -184,20 +189,17 @@ def user_class(seed: int, window: Window) -> type[FastHttpUser]:
 
 def run_policy(options: argparse.Namespace, policy: str, seed: int) -> Window:
     """Warm up, then watch for a while; users that are waiting at the end are stopped."""
-    import gevent
-
     window = Window(policy)
     with serving(options, policy) as url:
         asker = user_class(seed, window)
         environment = Environment(user_classes=[asker], events=events, host=url, stop_timeout=0)
         runner = environment.create_local_runner()
         runner.start(options.users, spawn_rate=options.users)
-        gevent.sleep(options.warmup)
-        before, started = _counters(url), time.monotonic()
+        before, started = _counters_at(url, options.warmup), time.monotonic()
         window.statuses.clear()
         window.latencies.clear()
-        gevent.sleep(options.seconds)
-        after, seconds = _counters(url), time.monotonic() - started
+        after = _counters_at(url, before["rows"] + options.rows)
+        seconds = time.monotonic() - started
         moved = {name: after[name] - before[name] for name in after}
         found = replace(
             window,
@@ -207,6 +209,15 @@ def run_policy(options: argparse.Namespace, policy: str, seed: int) -> Window:
             **moved,
         )
         runner.quit()
+    return found
+
+
+def _counters_at(url: str, rows: float) -> dict[str, float]:
+    """The counters once the server has served so many rows."""
+    import gevent
+
+    while (found := _counters(url))["rows"] < rows:
+        gevent.sleep(0.5)
     return found
 
 

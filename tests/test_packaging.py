@@ -42,7 +42,11 @@ DATA_FILES = {
     "engines/kernels/tiles/sm_90a.json",
     "engines/report/report.css",
     "engines/report/report.html.j2",
+    "serve/web/page/events.js",
     "serve/web/page/index.html",
+    "serve/web/page/page.css",
+    "serve/web/page/page.js",
+    "serve/web/page/psnr.js",
 }
 OPTIONAL_MODULES = [
     "cuda",

@@ -33,7 +33,10 @@ from .schema import (
 from .security import ApiKeys
 
 PAGE = Path(__file__).parent / "page"
-PAGE_FILES = {"/": "index.html"}
+PAGE_FILES = {
+    "/": "index.html",
+    **{f"/{name}": name for name in ("page.css", "page.js", "events.js", "psnr.js")},
+}
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class TestKeys:
         assert b" 401 " in answer.splitlines()[0]
 
     def test_health_metrics_and_the_page_are_open(self, guarded: Running) -> None:
-        for path in ("/health", "/metrics", "/", "/openapi.json"):
+        for path in ("/health", "/metrics", "/", "/page.js", "/openapi.json"):
             assert httpx.get(guarded.url + path).status_code == 200
 
     def test_every_key_is_compared_in_constant_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
