@@ -83,9 +83,11 @@ def test_serves_drains_and_exits_with_0(exported: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(exported: Path) -> None:
-    with serving(str(exported), "--max-batch", "2") as (process, url):
+    # patience, or a slow machine would refuse the request at once
+    with serving(str(exported), "--max-batch", "2", "--request-timeout", "9999") as (process, url):
         body = {"prompt": "dog", "n": 10, "num_inference_steps": 250, "stream": True}
         with httpx.stream("POST", f"{url}/v1/images/generations", json=body) as response:
+            assert response.status_code == 200
             next(response.iter_text())
             process.send_signal(signal.SIGINT)
             eventually(lambda: httpx.get(f"{url}/health").status_code == 503)
