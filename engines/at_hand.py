@@ -36,7 +36,8 @@ class EngineKind:
     * `obstacle`: why this kind cannot run the folder on this machine, or None;
     * `open`: load it; raises `InputError` where it cannot after all;
     * `batch_sizes`: sizes that callers should pad to, ascending, where every new size costs a
-      capture or a build; empty where any size will do.
+      capture or a build; empty where any size will do;
+    * `largest_batch`: the most rows that an opened engine takes, None where there is no limit.
     """
 
     name: str
@@ -44,6 +45,7 @@ class EngineKind:
     obstacle: Callable[[Path, EngineSettings], str | None]
     open: Callable[[Path, EngineSettings], SamplingEngine]
     batch_sizes: tuple[int, ...] = ()
+    largest_batch: Callable[[SamplingEngine], int | None] = lambda engine: None
 
 
 @dataclass(frozen=True)
@@ -106,11 +108,18 @@ def _kind_named(name: str) -> EngineKind:
 
 
 def _kinds() -> tuple[EngineKind, ...]:
-    """Best first. Kinds import their runtimes in their functions."""
-    from .kinds import onnxruntime_kinds, torch_kind
+    """Best first. Kinds import their runtimes in their functions.
+
+    TensorRT's own INT8 and INT4 mean something else than the plan (docs/targets.md): they come
+    after what is exact, and so are taken by name only.
+    """
+    from .kinds import onnxruntime_kinds, tensorrt_kinds, torch_kind
 
     return (
+        tensorrt_kinds.PLUGIN,
         torch_kind.TORCH,
         onnxruntime_kinds.ONNXRUNTIME,
         onnxruntime_kinds.QDQ,
+        tensorrt_kinds.INT8,
+        tensorrt_kinds.INT4,
     )

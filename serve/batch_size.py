@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from ..calibrate.sampling import SampledModel, initial_noise
+from ..errors import InputError
 from .live_engine import LiveEngine
+from .served_model import ServedModel
 
 SIZES = (2, 4, 8, 16, 32, 64, 128)
 _ENOUGH = 0.93  # of the best throughput
@@ -22,22 +24,26 @@ _LONGEST_CALL = 1.0  # seconds: larger calls are not tried
 
 
 def fitting_batch_size(
-    engine: LiveEngine,
-    model: SampledModel,
-    batch_sizes: Sequence[int] = (),
-    *,
-    clock: Callable[[], float] = time.perf_counter,
+    served: ServedModel, *, clock: Callable[[], float] = time.perf_counter
 ) -> int:
     """Time the engine at growing sizes; the smallest within 7 % of the best rows a second.
 
     Sizes stop growing where a call takes over a second. With `batch_sizes` only those are tried,
-    and all of them, so that the engine is prepared for each.
+    and all of them, so that the engine is prepared for each. Raises `InputError` for an engine that
+    takes no call of 2 rows.
     """
+    largest = served.largest_batch or max(*SIZES, *served.batch_sizes)
+    sizes = sorted(size for size in (served.batch_sizes or SIZES) if 2 <= size <= largest)
+    if not sizes:
+        raise InputError(
+            f"guidance needs calls of 2 rows, and the engine takes at most {largest}; build it "
+            "with another --batch-profile"
+        )
     speeds: dict[int, float] = {}
-    for size in sorted(size for size in (batch_sizes or SIZES) if size >= 2):
-        seconds = _seconds(engine, model, size, clock)
+    for size in sizes:
+        seconds = _seconds(served.engine, served.sampled, size, clock)
         speeds[size] = size / seconds
-        if seconds > _LONGEST_CALL and not batch_sizes:
+        if seconds > _LONGEST_CALL and not served.batch_sizes:
             break
     best = max(speeds.values())
     return next(size for size, speed in speeds.items() if speed >= _ENOUGH * best)

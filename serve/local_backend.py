@@ -97,7 +97,12 @@ class LocalBackend:
 
 
 def _start_worker(model: ServedModel, limits: EngineLimits, observer: Observer) -> Worker:
-    rows = limits.max_batch or fitting_batch_size(model.engine, model.sampled, model.batch_sizes)
+    rows = limits.max_batch or fitting_batch_size(model)
+    if model.largest_batch is not None and rows > model.largest_batch:
+        raise InputError(
+            f"the engine {model.card.engine} takes at most {model.largest_batch} rows a call, got "
+            f"--max-batch {rows}; build it with another --batch-profile"
+        )
     mixer = StepMixer(
         model.engine.denoise,
         max_rows=rows,

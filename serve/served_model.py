@@ -26,18 +26,26 @@ from .cards import ModelCard
 from .live_engine import LiveEngine, Opened
 
 FULL_PRECISION = "full-precision"
-_ONNX_FILES = ("model.onnx", "onnxruntime/model.onnx")
+_ONNX_FILES = (
+    "model.onnx",
+    "onnxruntime/model.onnx",
+    *(f"tensorrt/tensorrt-{kind}.onnx" for kind in ("plugin", "int8", "int4")),
+)
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model ready to serve. `batch_sizes`: sizes that calls are padded to, none: any."""
+    """A model ready to serve.
+
+    `batch_sizes`: sizes that calls are padded to, none: any; `largest_batch`: most rows of a call.
+    """
 
     card: ModelCard
     sampled: SampledModel
     engine: LiveEngine
     batch_sizes: tuple[int, ...]
     vae: nn.Module | None
+    largest_batch: int | None = None
 
 
 def load_served(
@@ -74,7 +82,9 @@ def load_served(
         checkpoint.class_names,
         decoder,
     )
-    return ServedModel(card, sampled, LiveEngine(open_it, sampled), kind.batch_sizes, decoder)
+    largest = kind.largest_batch(opened.engine)
+    live = LiveEngine(open_it, sampled)
+    return ServedModel(card, sampled, live, kind.batch_sizes, decoder, largest)
 
 
 def load_full_precision(served: ServedModel, folder: Path, device: str) -> ServedModel:

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...errors import InputError
 from ...progress import Progress
-from ..artifacts import check_onnx
 from ..settings import make_settings
 from .config import DEFAULT_MAX_BATCH, Device
 from .repository import triton_source, write_triton_repository
@@ -39,8 +37,6 @@ def emit_repository(repository: Path, values: Mapping[str, Any], progress: Progr
         threads=settings.threads,
         max_batch=settings.limits.max_batch or DEFAULT_MAX_BATCH,
     )
-    if source.model.backend == "onnxruntime":
-        check_onnx(source.path, QuantizedCheckpoint.read(settings.folder))
     made = write_triton_repository(source, repository)
     model = source.model
     progress.say(

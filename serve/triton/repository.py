@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,16 @@ from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...engines.engine import TensorSpec
 from ...engines.tensorrt.manifest import EngineManifest
 from ...engines.tensorrt.store import engine_path, manifest_path
-from ...errors import InputError
-from ...files import write_text
+from ...errors import ArtifactError, InputError
+from ...files import sha256_of_file, write_text
+from ..artifacts import check_onnx
 from .config import DEFAULT_MAX_BATCH, Device, TritonModel
 
 CONFIG = "config.pbtxt"
 _VERSION = "1"
 _ONNX_FILES = ("onnxruntime/model.onnx", "model.onnx")  # the faster first
-_TENSORRT_FILES = tuple(f"tensorrt-{kind}/model.onnx" for kind in ("plugin", "int8", "int4"))
+_TENSORRT = ("tensorrt-plugin", "tensorrt-int8", "tensorrt-int4")
+_EXACT = _TENSORRT[:1]  # what auto may take: the others mean something else than the plan
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,20 @@ def triton_source(
     """The model of an exported folder as a server should run it.
 
     `engine`: onnxruntime (`onnxruntime/model.onnx`, else the reference form), qdq (the reference
-    form), tensorrt (an engine that was built), or auto, which prefers TensorRT where `device` is
-    not 'cpu'. `device` is cuda for TensorRT and else cpu by default; `settings` are the rest of
-    `TritonModel`. Raises `InputError` where the folder has no such file, `ArtifactError` for a
-    damaged checkpoint.
+    form), a built tensorrt-plugin, -int8 or -int4, or auto, which prefers tensorrt-plugin where
+    `device` is not 'cpu'. `device` is cuda for TensorRT and else cpu by default; `settings` are
+    the rest of `TritonModel`. Raises `InputError` where the folder has no such file,
+    `ArtifactError` for a damaged checkpoint, an ONNX file that is not of it, or an engine that is
+    not the one built.
     """
     checkpoint = QuantizedCheckpoint.read(folder)
     named = name or _slug(f"{checkpoint.model_name}-{checkpoint.plan.bits}")
-    built = _built_engine(folder) if engine in ("auto", "tensorrt") and device != "cpu" else None
+    targets = {"auto": _EXACT}.get(engine, tuple(name for name in _TENSORRT if name == engine))
+    built = _built_engine(folder, targets) if device != "cpu" else None
     if built is not None:
         onnx_path, manifest = built
+        check_onnx(onnx_path, checkpoint)
+        _check_engine(engine_path(onnx_path), manifest)
         inputs, outputs = onnx_specs(onnx_path)
         if manifest.tensorrt.startswith("8."):
             inputs = [_narrowed(spec) for spec in inputs]
@@ -78,9 +85,10 @@ def triton_source(
     if engine not in ("auto", "onnxruntime", "qdq") or path is None:
         raise InputError(
             "a Triton repository takes auto, or an engine that the folder has for the device: a "
-            f"built tensorrt-*/model.engine, {' or '.join(_ONNX_FILES)} for onnxruntime or qdq; "
+            f"built tensorrt/*.engine, {' or '.join(_ONNX_FILES)} for onnxruntime or qdq; "
             f"{folder} has none for {engine!r}; export it with that --target"
         )
+    check_onnx(path, checkpoint)
     inputs, outputs = onnx_specs(path)
     model = TritonModel(
         named, "onnxruntime", inputs, outputs, device or "cpu", max_batch, **settings
@@ -135,10 +143,17 @@ def _narrowed(spec: TensorSpec) -> TensorSpec:
     return replace(spec, dtype=np.dtype(np.int32)) if is_wide else spec
 
 
-def _built_engine(folder: Path) -> tuple[Path, EngineManifest] | None:
+def _check_engine(engine: Path, manifest: EngineManifest) -> None:
+    if sha256_of_file(engine) != manifest.engine_sha256:
+        raise ArtifactError(
+            f"{engine} is not the engine that its manifest records; export with its --target again"
+        )
+
+
+def _built_engine(folder: Path, targets: Sequence[str]) -> tuple[Path, EngineManifest] | None:
     """The first finished engine: the path of its ONNX file, and its manifest."""
-    for file in _TENSORRT_FILES:
-        path = folder / file
+    for target in targets:
+        path = folder / "tensorrt" / f"{target}.onnx"
         manifest = EngineManifest.read(manifest_path(engine_path(path)))
         if manifest is not None and engine_path(path).is_file() and path.is_file():
             return path, manifest

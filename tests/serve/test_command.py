@@ -153,3 +153,26 @@ def test_help_shows_examples() -> None:
     done = run("--help")
     assert done.returncode == 0
     assert "qdit-serve build/demo-w4a8" in done.stdout
+
+
+class TestTritonRepository:
+    def test_is_written_and_nothing_served(self, exported: Path, tmp_path: Path) -> None:
+        pytest.importorskip("tritonclient.grpc")
+        repository = tmp_path / "models"
+        flags = ["--max-batch", "16", "--max-queue", "9", "--threads", "2"]
+        done = run(str(exported), "--emit-triton-repository", str(repository), *flags)
+        assert done.returncode == 0, done.stderr
+        assert "model.onnx on the onnxruntime backend (cpu), batches up to 16" in done.stderr
+        text = (repository / "demo-w4a8" / "config.pbtxt").read_text("utf-8")
+        assert "max_batch_size: 16" in text
+        assert "max_queue_size: 9" in text
+        assert 'key: "intra_op_thread_count"' in text
+        made = repository / "demo-w4a8" / "1" / "model.onnx"
+        assert made.read_bytes() == (exported / "model.onnx").read_bytes()
+
+    def test_flags_that_it_cannot_hold_are_refused(self, exported: Path, tmp_path: Path) -> None:
+        repository = tmp_path / "models"
+        done = run(str(exported), "--emit-triton-repository", str(repository), "--port", "8001")
+        assert done.returncode == 2
+        assert "--port is not read with --emit-triton-repository, got 8001" in done.stderr
+        assert not repository.exists()

@@ -25,7 +25,7 @@ def test_its_flags_exist(text: str) -> None:
     own = {"--" + name.replace("_", "-") for name in inspect.signature(cli._serve).parameters}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert flags
-    others = {"--help", "--rm", "--model-repository"}  # docker's and tritonserver's
+    others = {"--help", "--target", "--rm", "--model-repository"}  # of other programs
     assert flags <= own | others
 
 

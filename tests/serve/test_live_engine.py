@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdit.errors import StepError
+from qdit.errors import InputError, StepError
 from qdit.serve.batch_size import fitting_batch_size
 from qdit.serve.live_engine import LiveEngine, Opened
+from qdit.serve.served_model import ServedModel
 
-from .conftest import SAMPLED
+from .conftest import CARD, SAMPLED
 
 Denoise = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -55,7 +56,9 @@ class TestBatchSize:
     """With a clock that the engine moves: the sizes are exact."""
 
     @staticmethod
-    def fitting(seconds: Callable[[int], float], sizes: tuple[int, ...] = ()) -> tuple[int, list]:
+    def fitting(
+        seconds: Callable[[int], float], sizes: tuple[int, ...] = (), largest: int | None = None
+    ) -> tuple[int, list[int]]:
         now, tried = [0.0], []
 
         def denoise(x: Tensor, _t: Tensor, _l: Tensor) -> Tensor:
@@ -63,9 +66,9 @@ class TestBatchSize:
             tried.append(len(x))
             return x
 
-        engine = opened(denoise)
+        served = ServedModel(CARD, SAMPLED, opened(denoise), sizes, None, largest)
         tried.clear()
-        return fitting_batch_size(engine, SAMPLED, sizes, clock=lambda: now[0]), tried
+        return fitting_batch_size(served, clock=lambda: now[0]), tried
 
     def test_no_gain_from_size_takes_the_smallest(self) -> None:
         assert self.fitting(lambda rows: 0.01 * rows)[0] == 2
@@ -82,6 +85,12 @@ class TestBatchSize:
         size, tried = self.fitting(lambda rows: 0.3 * rows)
         assert size == 2
         assert max(tried) == 4  # 1.2 s: nothing larger is tried
+
+    def test_no_more_than_the_engine_takes(self) -> None:
+        size, tried = self.fitting(lambda rows: 1e-3 * (8 + rows / 8), largest=24)
+        assert (size, max(tried)) == (16, 16)
+        with pytest.raises(InputError, match="takes at most 1; build it with another"):
+            self.fitting(lambda rows: 0.01 * rows, largest=1)
 
     def test_prepared_sizes_are_all_run(self) -> None:
         size, tried = self.fitting(lambda rows: 0.01 * rows, sizes=(4, 8, 48))

@@ -13,7 +13,8 @@ from google.protobuf import text_format
 from qdit.engines.engine import TensorSpec
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.tensorrt.manifest import EngineManifest
-from qdit.errors import InputError
+from qdit.errors import ArtifactError, InputError
+from qdit.files import sha256_of_file
 from qdit.serve.triton.config import TritonModel, schema_module
 from qdit.serve.triton.repository import triton_source, write_triton_repository
 
@@ -86,7 +87,7 @@ def test_the_faster_form_is_preferred_and_the_reference_can_be_asked_for(folder:
 def test_a_built_tensorrt_engine_is_taken_with_its_profile(
     folder: Path, tmp_path: Path, version: str, dtype: str
 ) -> None:
-    place_engine(folder / "tensorrt-int8", folder / "model.onnx", version, most=32)
+    place_engine(folder, "tensorrt-plugin", version, most=32)
     source = triton_source(folder, max_batch=64)
     config = read_config(write_triton_repository(source, tmp_path / "repository"))
     assert (config.backend, config.max_batch_size) == ("tensorrt", 32)
@@ -98,20 +99,35 @@ def test_a_built_tensorrt_engine_is_taken_with_its_profile(
 
 
 def test_an_engine_is_passed_over_where_a_cpu_is_asked_for(folder: Path) -> None:
-    place_engine(folder / "tensorrt-int8", folder / "model.onnx", "10.9.0", most=32)
+    place_engine(folder, "tensorrt-plugin", "10.9.0", most=32)
     assert triton_source(folder, device="cpu").model.backend == "onnxruntime"
-    with pytest.raises(InputError, match="has none for 'tensorrt'"):
-        triton_source(folder, "tensorrt", device="cpu")
+    with pytest.raises(InputError, match="has none for 'tensorrt-plugin'"):
+        triton_source(folder, "tensorrt-plugin", device="cpu")
 
 
-def place_engine(target: Path, onnx_path: Path, version: str, most: int) -> None:
+def test_what_differs_from_the_plan_is_taken_by_name_only(folder: Path) -> None:
+    place_engine(folder, "tensorrt-int8", "10.9.0", most=32)
+    assert triton_source(folder).model.backend == "onnxruntime"
+    assert triton_source(folder, "tensorrt-int8").model.backend == "tensorrt"
+
+
+def test_an_engine_that_is_not_the_one_built_is_refused(folder: Path) -> None:
+    place_engine(folder, "tensorrt-plugin", "10.9.0", most=32)
+    (folder / "tensorrt" / "tensorrt-plugin.engine").write_bytes(b"another one")
+    with pytest.raises(ArtifactError, match="is not the engine that its manifest records"):
+        triton_source(folder)
+
+
+def place_engine(folder: Path, target: str, version: str, most: int) -> None:
     """An engine's files as a finished build leaves them; the engine itself is never read here."""
-    target.mkdir()
-    (target / "model.onnx").write_bytes(onnx_path.read_bytes())
-    (target / "model.engine").write_bytes(b"an engine")
+    path = folder / "tensorrt" / f"{target}.onnx"
+    path.parent.mkdir()
+    path.write_bytes((folder / "model.onnx").read_bytes())
+    engine = path.with_suffix(".engine")
+    engine.write_bytes(b"an engine")
     settings = {"batch": {"least": 1, "best": 8, "most": most}}
-    EngineManifest(version, {"name": "a GPU"}, {}, settings, "", "0" * 64, 9).write(
-        target / "model.engine.json"
+    EngineManifest(version, {"name": "a GPU"}, {}, settings, "", sha256_of_file(engine), 9).write(
+        engine.with_name(f"{engine.name}.json")
     )
 
 
@@ -175,7 +191,7 @@ def test_tensors_that_triton_cannot_batch_are_refused(spec: TensorSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "device"), [("torch", None), ("tensorrt", None), ("tensorrt", "cuda")]
+    ("engine", "device"), [("torch", None), ("tensorrt-int4", None), ("tensorrt-plugin", "cuda")]
 )
 def test_an_engine_that_the_folder_does_not_have_is_refused(
     folder: Path, engine: str, device: Any
