@@ -623,6 +623,8 @@ Examples:
 
   qdit-serve build/xl --engine torch --device cuda --vae path/to/vae --api-keys keys.txt
 
+  qdit-serve build/xl --ray --ray-address auto --replicas 2:8
+
   qdit-serve build/demo-w4a8 --emit-triton-repository models --max-batch 32
 
   curl http://127.0.0.1:8000/v1/images/generations -H 'content-type: application/json'
@@ -690,6 +692,36 @@ def _serve(
         str,
         typer.Option(help="step-mixed; whole-trajectory and single are there to compare with."),
     ] = "step-mixed",
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Put the engines into replicas on a Ray cluster.")
+    ] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="With --ray: local starts a cluster here, auto or HOST:PORT joins one. "
+            "Default: local.",
+            show_default=False,
+        ),
+    ] = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|LEAST:MOST",
+            help="With --ray: how many; a range follows the load. Default: 1.",
+            show_default=False,
+        ),
+    ] = None,
+    replica_cpus: Annotated[
+        float | None,
+        typer.Option(help="With --ray: CPUs of a replica. Default: 1.", show_default=False),
+    ] = None,
+    replica_gpus: Annotated[
+        float | None,
+        typer.Option(
+            help="With --ray: GPUs of a replica. Default: 1 where there are GPUs.",
+            show_default=False,
+        ),
+    ] = None,
     emit_triton_repository: Annotated[
         Path | None,
         typer.Option(

@@ -20,7 +20,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logging.INFO) -> None:
     """Serve until told to stop. Raises `InputError` for what cannot be served."""
     require_web()
-    from .web.local import make_local_app
+    from .web.local import make_local_app, make_ray_app
     from .web.security import KEYS_VARIABLE, read_keys
     from .web.server import Server, address_of, bind
 
@@ -28,19 +28,22 @@ def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logg
     silence_schedulers()
     keys = read_keys(settings.api_keys, os.environ.get(KEYS_VARIABLE))
     with bind(settings.host, settings.port) as bound:
-        models = load_models(settings, progress.say)
-        local = make_local_app(settings, models, keys)
+        if settings.ray:
+            served = make_ray_app(settings, progress.say, keys)
+        else:
+            models = load_models(settings, progress.say)
+            served = make_local_app(settings, models, keys)
 
         def started() -> None:
-            names = ", ".join(local.backend.cards)
+            names = ", ".join(served.backend.cards)
             progress.say(f"serving {names} at {address_of(bound)} (stop with Ctrl-C)")
             if not keys and settings.host not in _LOOPBACK:
                 progress.say("anyone who reaches this address may use it; see --api-keys")
 
         server = Server(
-            local.app,
-            local.gate,
-            local.backend.close,
+            served.app,
+            served.gate,
+            served.backend.close,
             drain_seconds=settings.drain_seconds,
             max_connections=settings.max_connections,
             started=started,
@@ -50,7 +53,7 @@ def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logg
             try:
                 await server.serve(sockets=[bound])
             finally:
-                await local.backend.close()
+                await served.backend.close()
 
         asyncio.run(run())
     progress.say("stopped")

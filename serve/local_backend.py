@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -56,7 +56,7 @@ class LocalBackend:
         """Images of all models that were asked for and are not made."""
         return sum(worker.images for worker in self._workers.values())
 
-    async def generate(self, generation: Generation) -> AsyncIterator[Update]:
+    async def generate(self, generation: Generation) -> AsyncGenerator[Update, None]:
         model = self._models.get(generation.model)
         if model is None:
             raise UnknownModelError(f"no model {generation.model!r} is loaded", "model")

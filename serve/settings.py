@@ -45,6 +45,32 @@ class RequestLimits(_Strict):
     default_guidance: float = Field(default=1.5, ge=0)
 
 
+class ClusterSettings(_Strict):
+    """Of replicas on a Ray cluster; None everywhere where there is none.
+
+    `replicas`: how many, 'N' or 'LEAST:MOST' to follow the load; CPUs and GPUs of each one.
+    """
+
+    ray_address: str | None = None
+    replicas: str | None = Field(default=None, pattern=r"^[1-9][0-9]{0,3}(:[1-9][0-9]{0,3})?$")
+    replica_cpus: float | None = Field(default=None, gt=0)
+    replica_gpus: float | None = Field(default=None, ge=0)
+
+    @field_validator("replicas")
+    @classmethod
+    def _ascends(cls, value: str | None) -> str | None:
+        least, _, most = (value or "1").partition(":")
+        if most and int(most) < int(least):
+            raise ValueError("LEAST:MOST must ascend")
+        return value
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """The least and the most replicas."""
+        least, _, most = (self.replicas or "1").partition(":")
+        return int(least), int(most or least)
+
+
 class ServeSettings(_Strict):
     """One server."""
 
@@ -59,15 +85,17 @@ class ServeSettings(_Strict):
     api_keys: Path | None = None
     max_connections: int = Field(default=1024, ge=1)
     drain_seconds: float = Field(default=30.0, ge=0)
+    ray: bool = False
     limits: EngineLimits = EngineLimits()
     requests: RequestLimits = RequestLimits()
+    cluster: ClusterSettings = ClusterSettings()
 
 
 SETTING_NAMES = tuple(
     name
-    for model in (ServeSettings, EngineLimits, RequestLimits)
+    for model in (ServeSettings, EngineLimits, RequestLimits, ClusterSettings)
     for name in model.model_fields
-    if name not in ("limits", "requests")
+    if name not in ("limits", "requests", "cluster")
 )
 
 
@@ -76,12 +104,13 @@ def make_settings(**values: object) -> ServeSettings:
     for name in values:
         if name not in SETTING_NAMES:
             raise InputError(f"unknown option {name!r}; known are {', '.join(SETTING_NAMES)}")
-    own, limits, requests = (
+    own, limits, requests, cluster = (
         {key: value for key, value in values.items() if key in model.model_fields}
-        for model in (ServeSettings, EngineLimits, RequestLimits)
+        for model in (ServeSettings, EngineLimits, RequestLimits, ClusterSettings)
     )
+    parts = {"limits": limits, "requests": requests, "cluster": cluster}
     try:
-        settings = ServeSettings.model_validate(own | {"limits": limits, "requests": requests})
+        settings = ServeSettings.model_validate(own | parts)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         flag = "--" + str(first["loc"][-1]).replace("_", "-")
@@ -92,4 +121,6 @@ def make_settings(**values: object) -> ServeSettings:
             f"--default-steps must be at most --max-steps {given.max_steps}, "
             f"got {given.default_steps}"
         )
+    if cluster and not settings.ray:
+        raise InputError(f"--{next(iter(cluster)).replace('_', '-')} needs --ray")
     return settings

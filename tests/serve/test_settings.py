@@ -19,6 +19,14 @@ def test_flat_values_find_their_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "found"), [(None, (1, 1)), ("3", (3, 3)), ("2:8", (2, 8)), ("2:2", (2, 2))]
+)
+def test_replicas(text: str | None, found: tuple[int, int]) -> None:
+    given = {} if text is None else {"replicas": text}
+    assert make_settings(folder="x", ray=True, **given).cluster.replica_range == found
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"port": 70_000}, r"--port: .*less than or equal to 65535, got 70000"),
@@ -27,6 +35,10 @@ def test_flat_values_find_their_places() -> None:
         ({"drain_seconds": -1}, r"--drain-seconds"),
         ({"batching": "magic"}, r"--batching: .*step-mixed, whole-trajectory, single"),
         ({"max_steps": 10, "default_steps": 20}, r"at most --max-steps 10, got 20"),
+        ({"replicas": "2"}, r"--replicas needs --ray"),
+        ({"ray": True, "replicas": "3:2"}, r"--replicas: .*must ascend, got '3:2'"),
+        ({"ray": True, "replicas": "0"}, r"--replicas: .*pattern"),
+        ({"ray": True, "replica_cpus": 0}, r"--replica-cpus: .*greater than 0"),
         ({"nonsense": 1}, r"unknown option 'nonsense'; known are folder, host"),
     ],
     ids=lambda value: "" if isinstance(value, str) else str(value),

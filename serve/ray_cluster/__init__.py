@@ -1,0 +1,1 @@
+"""The same server with its engines in replicas on a Ray cluster."""
