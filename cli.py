@@ -446,7 +446,9 @@ def _validate(
 
 
 def _inspect(
-    artifact: Annotated[Path, typer.Argument(help="An exported folder, or an .onnx file.")],
+    artifact: Annotated[
+        Path, typer.Argument(help="An exported folder, an .onnx file, or an .engine.")
+    ],
     json_output: Annotated[
         bool, typer.Option("--json", help="Print JSON instead of tables.")
     ] = False,
@@ -461,13 +463,16 @@ def _inspect(
     ] = None,
     version: Version = False,
 ) -> int:
-    """Show each linear's shape, bits, groups and bytes, totals, and what each target can run.
+    """Show each linear's shape, bits, groups and bytes, totals, what each target can run, and the
+    precision that a TensorRT engine's linears really run in.
 
     Examples:
 
       qdit-inspect build/demo-w4a8
 
-      qdit-inspect build/demo-w4a8/tensorrt/tensorrt-int8.onnx --tensorrt 8.6
+      qdit-inspect build/demo-w8a8/tensorrt/tensorrt-int8.onnx --tensorrt 8.6
+
+      qdit-inspect build/demo-w8a8/tensorrt/tensorrt-int8.engine
     """
     from .engines import inspection
 

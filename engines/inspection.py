@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..calibrate.checkpoint import QuantizedCheckpoint
@@ -19,6 +20,10 @@ from ..export.capabilities import TARGETS, check
 from ..export.opsets import LINEARS_KEY
 from ..export.tensorrt.rules import Violation, check_file
 from ..files import canonical_json
+from .tensorrt.ledger import Ledger
+from .tensorrt.manifest import EngineManifest
+from .tensorrt.store import checked_engine, ledger_path, manifest_path
+from .tensorrt.target import FOLDER
 
 _MEGA = 1e6
 
@@ -49,6 +54,14 @@ class TargetRow:
 
 
 @dataclass(frozen=True)
+class EngineRow:
+    """A built engine's file and its precision ledger."""
+
+    engine: str
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `qdit-inspect` found."""
 
@@ -58,6 +71,7 @@ class Inspection:
     linears: tuple[LinearRow, ...]
     targets: tuple[TargetRow, ...]
     file_bytes: dict[str, int]
+    engines: tuple[EngineRow, ...] = ()
 
     @property
     def effective_weight_bits(self) -> float:
@@ -66,12 +80,35 @@ class Inspection:
 
 
 def inspect_artifact(path: Path) -> Inspection:
-    """Inspect an exported folder or one .onnx file."""
+    """Inspect an exported folder, one .onnx file or one TensorRT .engine."""
     if path.is_dir():
         return _inspect_folder(path)
+    if path.suffix == ".engine":
+        return inspect_engine(path)
     if path.suffix == ".onnx" and path.is_file():
         return _inspect_onnx(path)
-    raise InputError(f"expected an exported folder or an .onnx file, got {path}; check the path")
+    raise InputError(
+        f"expected an exported folder, an .onnx file or an .engine, got {path}; check the path"
+    )
+
+
+def inspect_engine(path: Path) -> Inspection:
+    """A built engine: what it follows from, and its precision ledger. It is not loaded."""
+    manifest, row = checked_engine(path), _engine_row(path)
+    facts = {
+        "TensorRT": manifest.tensorrt,
+        "GPU": ", ".join(f"{key} {value}" for key, value in manifest.gpu.items()),
+        "settings": ", ".join(f"{key} {value}" for key, value in manifest.settings.items()),
+        "built in": f"{manifest.build_seconds:.1f} s",
+        **{f"from {name}": digest for name, digest in manifest.sources.items()},
+    }
+    return Inspection(
+        str(path), path.stem, facts, (), (), {path.name: manifest.engine_bytes}, (row,)
+    )
+
+
+def _engine_row(path: Path) -> EngineRow:
+    return EngineRow(path.name, Ledger.read(ledger_path(path)))
 
 
 def broken_rules(path: Path, version: str) -> list[Violation]:
@@ -102,7 +139,13 @@ def _inspect_folder(folder: Path) -> Inspection:
         "quantized checkpoint": f"{checkpoint.byte_size / _MEGA:.1f} MB",
     }
     model = checkpoint.model_name
-    return Inspection(str(folder), model, facts, rows, _targets(checkpoint.plan, linears), files)
+    engines = tuple(
+        _engine_row(engine)
+        for engine in sorted((folder / FOLDER).glob("*.engine"))
+        if EngineManifest.read(manifest_path(engine)) is not None
+    )
+    targets = _targets(checkpoint.plan, linears)
+    return Inspection(str(folder), model, facts, rows, targets, files, engines)
 
 
 def _inspect_onnx(path: Path) -> Inspection:
@@ -200,6 +243,10 @@ def as_json(found: Inspection) -> str:
         "linears": linears,
         "targets": [asdict(row) for row in found.targets],
         "file_bytes": found.file_bytes,
+        "engines": [
+            {"engine": row.engine, "ledger": [asdict(entry) for entry in row.ledger.rows]}
+            for row in found.engines
+        ],
     }
     return canonical_json(value)
 
@@ -213,7 +260,22 @@ def print_tables(found: Inspection, console: Console) -> None:
         console.print(_linears_table(found))
     if found.targets:
         console.print(_targets_table(found.targets))
+    for row in found.engines:
+        console.print(_ledger_table(row))
     console.print(_files_table(found.file_bytes))
+
+
+def _ledger_table(row: EngineRow) -> Table:
+    """Every linear of an engine; what fell back in red."""
+    table = Table(title=f"Precision of {row.engine}: {row.ledger.summary}")
+    table.add_column("linear", no_wrap=True)
+    table.add_column("asked for")
+    table.add_column("runs in")
+    table.add_column("layer", overflow="fold")
+    for entry in row.ledger.rows:
+        executed = f"[red]{entry.executed}[/]" if entry.fell_back else entry.executed
+        table.add_row(entry.linear, entry.requested, executed, escape(entry.layer))
+    return table
 
 
 def _linears_table(found: Inspection) -> Table:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ...errors import ArtifactError, StepError
+from ...errors import ArtifactError
 from ...export.tensorrt.versions import Features
 from ...files import atomic_path, sha256_of_file
 from ...progress import Progress
@@ -150,8 +150,11 @@ def forget_engine(engine: Path) -> None:
 
 
 def checked_engine(engine: Path) -> EngineManifest:
-    """The manifest of an engine that may be loaded. Raises `StepError` for one that may not."""
+    """The manifest of a finished engine. Raises `ArtifactError` for a file that is none."""
     found = EngineManifest.read(manifest_path(engine))
     if found is None or not engine.is_file() or engine.stat().st_size != found.engine_bytes:
-        raise StepError(f"{engine} is no finished engine; build it again")
+        raise ArtifactError(
+            f"{engine} is no finished engine: its manifest is missing or of another file; build it "
+            "again with qdit-export --target"
+        )
     return found

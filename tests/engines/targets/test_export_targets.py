@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.sources import load_model
 from qdit.engines.export_job import prepare, quantize_and_export, run_export
+from qdit.engines.inspection import as_json, inspect_artifact, print_tables
 from qdit.engines.options import ExportOptions, ValidateOptions, build_options
 from qdit.engines.report.schema import Report, read_report
 from qdit.engines.report.targets_schema import TARGETS_NAME, TargetEntry, read_targets
@@ -192,6 +196,11 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"--smooth 0\.5 and --search sensitivity"):
             prepare(options, Silent())
 
+    def test_an_engine_without_a_manifest_is_not_inspected(self, tmp_path: Path) -> None:
+        (tmp_path / "x.engine").write_bytes(b"half of one")
+        with pytest.raises(ArtifactError, match="is no finished engine"):
+            inspect_artifact(tmp_path / "x.engine")
+
     def test_a_damaged_record(self, tmp_path: Path) -> None:
         (tmp_path / TARGETS_NAME).write_text('[{"name": 1}]')
         with pytest.raises(ArtifactError, match="is not the record of an export's targets"):
@@ -220,6 +229,16 @@ class TestWithTensorRt:
         assert manifest.tensorrt == engine.tensorrt == newest.module.__version__
         page = (tmp_path / "report.html").read_text()
         assert "precision of every linear (1 FP16, 6 INT8; 0 of 6" in page
+        for artifact in (tmp_path, tmp_path / engine.file):
+            inspected = inspect_artifact(artifact)
+            (row,) = inspected.engines
+            assert row.engine == "tensorrt-int8.engine"
+            assert sum(entry.executed == "INT8" for entry in row.ledger.rows) == 6
+            found = json.loads(as_json(inspected))["engines"][0]["ledger"]
+            assert found == [entry.model_dump() for entry in engine.ledger]
+            console = Console(record=True, width=160, file=io.StringIO())
+            print_tables(inspected, console)
+            assert "0 of 6 quantized linears fell back" in console.export_text()
         again = targets(model_folder, tmp_path, **INT8)[0].engine
         assert again is not None
         assert again.reused

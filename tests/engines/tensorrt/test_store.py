@@ -20,7 +20,7 @@ from qdit.engines.tensorrt.store import (
     manifest_path,
     stored_engine,
 )
-from qdit.errors import InputError, StepError
+from qdit.errors import ArtifactError, InputError, StepError
 from qdit.progress import Silent
 
 from .conftest import Fake, faked
@@ -249,7 +249,7 @@ class TestFailures:
         made = build(newest, path)
         assert checked_engine(made.path) == made.manifest  # type: ignore[attr-defined]
         manifest_path(made.path).unlink()  # type: ignore[attr-defined]
-        with pytest.raises(StepError, match="is no finished engine"):
+        with pytest.raises(ArtifactError, match="is no finished engine"):
             checked_engine(made.path)  # type: ignore[attr-defined]
 
 
