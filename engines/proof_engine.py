@@ -51,9 +51,9 @@ class ProofEngine(Protocol):
     def exposed(self) -> ExposedValues:
         """The inner values that it can return; none where a runtime fuses them away."""
 
-    def reference(self) -> ProofEngine | None:
-        """What runs the same file by another's code, to hold it against; None where the inner
-        values can be looked at."""
+    def references(self) -> Sequence[ProofEngine]:
+        """Two right ways of running the same file by another's code, to hold it against the first
+        of them; none where the inner values can be looked at."""
 
     def open(self, extra_outputs: Sequence[str] = ()) -> InferenceEngine:
         """Load it; `infer` then returns `extra_outputs` as well."""
@@ -70,9 +70,16 @@ class OnnxRuntimeProof:
     exact = True
 
     def __init__(
-        self, path: Path, dtype: str, *, threads: int | None = None, fold_weights: bool = True
+        self,
+        path: Path,
+        dtype: str,
+        *,
+        threads: int | None = None,
+        fold_weights: bool = True,
+        optimize: bool = True,
     ) -> None:
         self.path = path
+        self._optimize = optimize
         self.dtype = dtype
         self._threads = threads
         self._fold_weights = fold_weights
@@ -87,8 +94,8 @@ class OnnxRuntimeProof:
     def exposed(self) -> ExposedValues:
         return exposed_values(self.path)
 
-    def reference(self) -> ProofEngine | None:
-        return None
+    def references(self) -> Sequence[ProofEngine]:
+        return ()
 
     def open(self, extra_outputs: Sequence[str] = ()) -> OnnxRuntimeEngine:
         return OnnxRuntimeEngine(
@@ -96,6 +103,7 @@ class OnnxRuntimeProof:
             threads=self._threads,
             extra_outputs=tuple(extra_outputs),
             fold_weights=self._fold_weights,
+            optimize=self._optimize,
         )
 
 
@@ -123,8 +131,8 @@ class TorchProof:
 
         return exposed_values_of(self._checkpoint)
 
-    def reference(self) -> ProofEngine | None:
-        return None
+    def references(self) -> Sequence[ProofEngine]:
+        return ()
 
     def open(self, extra_outputs: Sequence[str] = ()) -> TorchEngine:
         from .torch_engine.engine import TorchEngine

@@ -200,7 +200,10 @@ def _parity(proof: Proof) -> ParityEntry:
             **_comparison(parity.engine), bound=_bound(parity.bound)
         ),
         engine_vs_file=(
-            None if parity.file is None else ComparisonEntry(**_comparison(parity.file))
+            None if parity.file is None else ComparisonEntry(**_comparison(parity.file.engine))
+        ),
+        file_own_relative_error=(
+            None if parity.file is None else finite(parity.file.own.relative_error)
         ),
         linears=tuple(
             LinearEntry(

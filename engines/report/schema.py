@@ -247,7 +247,8 @@ class ParityEntry(Entry):
 
     `engine` is the one that was proven, 'onnxruntime', 'torch' or 'tensorrt'. `images_compared` and
     `steps_compared` say on how many inputs the denoisers were compared. `engine_vs_file`: the
-    engine against its own file in ONNX Runtime, null where its linears were compared instead.
+    engine against its own file in ONNX Runtime, null where its linears were compared instead;
+    `file_own_relative_error`: ONNX Runtime against itself without optimizations.
     """
 
     passed: bool
@@ -261,6 +262,7 @@ class ParityEntry(Entry):
     engine: str
     engine_vs_simulation: EngineComparisonEntry
     engine_vs_file: ComparisonEntry | None = None
+    file_own_relative_error: Error = None
     linears: tuple[LinearEntry, ...]
     blocks: tuple[BlockEntry, ...]
     timesteps: tuple[TimestepEntry, ...]

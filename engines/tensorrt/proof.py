@@ -47,8 +47,11 @@ class TensorRtProof:
     def exposed(self) -> ExposedValues:
         return ExposedValues({}, ())
 
-    def reference(self) -> ProofEngine | None:
-        return OnnxRuntimeProof(self.onnx_path, self.dtype, threads=self._threads)
+    def references(self) -> Sequence[ProofEngine]:
+        return [
+            OnnxRuntimeProof(self.onnx_path, self.dtype, threads=self._threads, optimize=optimize)
+            for optimize in (True, False)
+        ]
 
     def open(self, extra_outputs: Sequence[str] = ()) -> ChunkedEngine:
         if extra_outputs:

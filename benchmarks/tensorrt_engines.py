@@ -1,0 +1,305 @@
+"""INT8 against FP16 engines of one TensorRT: build time, accuracy, ledger and speed, in one run.
+
+    python benchmarks/tensorrt_engines.py make build/trt-kit --tensorrt-version 8.6
+    python benchmarks/tensorrt_engines.py run build/trt-kit --json build/trt-8.6.json
+
+`make` needs PyTorch and no GPU: for the demo and for the first blocks of DiT-XL/2 (random weights)
+it writes the `tensorrt-int8` file (w8a8, static scales calibrated over the timesteps), the
+unquantized file, and inputs with what ONNX Runtime makes of either file. `run` needs TensorRT and a
+GPU, and of Python packages numpy, rich, onnx, polygraphy and cuda-bindings alone, so that it runs
+beside a TensorRT 8.6, whose wheel is for Python 3.10. Engines are built by the project's own code;
+a quantized linear that falls back ends the run. Engines are timed in turns by CUDA events.
+
+TensorRT 8.6 without cuBLAS and cuDNN (nothing uses them, `libnvinfer_plugin.so.8` binds them):
+
+    python benchmarks/tensorrt_engines.py stand-ins path/to/libnvinfer_plugin.so.8 build/stand-ins
+    LD_LIBRARY_PATH=build/stand-ins:$LD_LIBRARY_PATH python3.10 benchmarks/tensorrt_engines.py run …
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdit.errors import InputError
+from qdit.files import write_json
+from qdit.progress import Progress, Terminal
+
+KINDS = ("tensorrt-fp16", "tensorrt-int8")
+MODELS = ("demo", "random:DiT-XL/2")
+_FACTS = "kit.json"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    make = verbs.add_parser("make", help="write the files")
+    make.add_argument("folder", type=Path)
+    make.add_argument("--tensorrt-version", default="8.6")
+    make.add_argument("--models", default=",".join(MODELS))
+    make.add_argument("--blocks", type=int, default=4, help="of models that are not the demo")
+    make.add_argument("--compare", type=int, default=5, help="samples, over the timesteps")
+    run = verbs.add_parser("run", help="build the engines, compare and time them")
+    run.add_argument("folder", type=Path)
+    run.add_argument("--batch", default="2,16,64")
+    run.add_argument("--repeats", type=int, default=5)
+    run.add_argument("--runs", type=int, default=20)
+    run.add_argument("--level", type=int, help="builder optimization level")
+    run.add_argument("--json", type=Path)
+    stand_ins = verbs.add_parser("stand-ins", help="libraries that export what 8.6 binds")
+    stand_ins.add_argument("library", type=Path)
+    stand_ins.add_argument("folder", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    with Terminal() as progress:
+        if arguments.verb == "make":
+            make_kit(arguments, progress)
+        elif arguments.verb == "run":
+            run_kit(arguments, progress)
+        else:
+            make_stand_ins(arguments.library, arguments.folder)
+
+
+# -- make
+
+
+def make_kit(arguments: argparse.Namespace, progress: Progress) -> None:
+    """One folder a model: both files, inputs and references, and what they are."""
+    from qdit.export.tensorrt.versions import TensorRtVersion, features
+
+    wanted = features(TensorRtVersion.parse(arguments.tensorrt_version))
+    for source in arguments.models.split(","):
+        blocks = None if source == "demo" else arguments.blocks
+        folder = arguments.folder / re.sub(r"[^A-Za-z0-9]+", "-", source)
+        folder.mkdir(parents=True, exist_ok=True)
+        progress.say(f"{source}, {'all' if blocks is None else blocks} blocks → {folder}")
+        _write_model(None if source == "demo" else source, blocks, folder, wanted, progress)
+        _write_references(folder, source, blocks, arguments, progress)
+
+
+def _write_model(
+    source: str | None, blocks: int | None, folder: Path, wanted: Any, progress: Progress
+) -> None:
+    import torch
+
+    from qdit.calibrate.blockwise import quantize_model
+    from qdit.calibrate.checkpoint import QuantizedCheckpoint
+    from qdit.calibrate.input_ranges import collect_input_ranges
+    from qdit.calibrate.plan import uniform_plan
+    from qdit.calibrate.sampling import SamplingSettings
+    from qdit.calibrate.schemes import LayerScheme
+    from qdit.calibrate.sources import load_model
+    from qdit.calibrate.trajectories import collect_calibration_set
+    from qdit.export.tensorrt.files import export_baseline, export_int8
+
+    model = load_model(source, blocks=blocks)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = SamplingSettings(num_inference_steps=10, guidance_scale=1.5, seed=0)
+    samples = collect_calibration_set(
+        model, settings, 20, per_trajectory=10, batch_size=2, device=device, progress=progress
+    )
+    model.denoiser.cpu()
+    export_baseline(model, folder / f"{KINDS[0]}.onnx", wanted, progress=progress)
+    plan = uniform_plan("w8a8", LayerScheme(8, 8, "channel", "token"), model.linears)
+    result = quantize_model(model, plan, "nearest", None, device="cpu", progress=progress)
+    checkpoint = QuantizedCheckpoint.from_result(model, plan, result.weights, {}, {})
+    read = [spec for spec in checkpoint.linears if plan[spec.name].quantizes_activations]
+    simulation = checkpoint.build_denoiser(device)
+    ranges = collect_input_ranges(
+        checkpoint.family, simulation, read, samples, batch_size=4, progress=progress
+    )
+    scales = {name: entry.static_scale() for name, entry in ranges.items()}
+    export_int8(checkpoint, folder / f"{KINDS[1]}.onnx", scales, wanted, progress=progress)
+    names = [spec.name for spec in checkpoint.family.inputs(simulation)]
+    given = dict(zip(names, (t.numpy() for t in samples.tensors), strict=True))
+    np.savez(folder / "samples.npz", **given)  # type: ignore[arg-type]
+
+
+def _write_references(
+    folder: Path,
+    source: str,
+    blocks: int | None,
+    arguments: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    """What ONNX Runtime makes of each file, on samples spread over the timesteps."""
+    from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+    samples = dict(np.load(folder / "samples.npz"))
+    count = arguments.compare
+    places = np.linspace(0, len(samples["timestep"]) - 1, count).round().astype(int)
+    inputs = {name: array[places] for name, array in samples.items()}
+    np.savez(folder / "inputs.npz", **inputs)
+    for kind in KINDS:
+        progress.say(f"{kind}: {count} samples in ONNX Runtime, optimized and node by node")
+        made = {}
+        for name, optimize in (("sample", True), ("plain", False)):
+            engine = OnnxRuntimeEngine(folder / f"{kind}.onnx", optimize=optimize)
+            made[name] = engine.infer(inputs)["sample"]
+            engine.close()
+        np.savez(folder / f"{kind}.reference.npz", **made)
+    facts = {"source": source, "blocks": blocks, "tensorrt": arguments.tensorrt_version}
+    write_json(folder / _FACTS, facts)
+
+
+# -- run
+
+
+@dataclass
+class Measured:
+    """One engine. error: relative, against ONNX Runtime on the same file; own_error: ONNX Runtime
+    against itself without optimizations; errors: the first by timestep; times in ms a call."""
+
+    kind: str
+    build_seconds: float
+    engine_bytes: int
+    ledger: dict[str, int]
+    fallbacks: int
+    not_found: int
+    error: float
+    own_error: float
+    errors: dict[int, float]
+    milliseconds: dict[int, list[float]]
+
+
+def run_kit(arguments: argparse.Namespace, progress: Progress) -> None:
+    from qdit.engines.tensorrt.library import gpu_identity, installed_version
+
+    folders = sorted(path.parent for path in arguments.folder.glob(f"*/{_FACTS}"))
+    if not folders:
+        raise InputError(f"no kit in {arguments.folder}; run `make` first")
+    results = []
+    for folder in folders:
+        facts = json.loads((folder / _FACTS).read_text())
+        progress.say(f"{facts['source']}: TensorRT {installed_version()}")
+        measured = run_model(folder, arguments, progress)
+        results.append(facts | {"engines": [vars(engine) for engine in measured]})
+        _print(facts, measured, progress)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            {
+                "tensorrt": str(installed_version()),
+                "gpu": gpu_identity().to_json(),
+                "level": arguments.level,
+                "models": results,
+            },
+        )
+
+
+def run_model(folder: Path, arguments: argparse.Namespace, progress: Progress) -> list[Measured]:
+    """Both engines of a model, built anew and timed in turns."""
+    from qdit.engines.tensorrt.library import installed_features
+    from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
+    from qdit.engines.tensorrt.store import engine_path, forget_engine, stored_engine
+
+    batches = sorted(int(text) for text in arguments.batch.split(","))
+    middle = batches[len(batches) // 2]
+    inputs, made, engines = dict(np.load(folder / "inputs.npz")), [], []
+    most = max(batches[-1], len(inputs["timestep"]))
+    settings = BuildSettings(BatchProfile(1, middle, most), arguments.level)
+    for kind in KINDS:
+        path = folder / f"{kind}.onnx"
+        forget_engine(engine_path(path))
+        stored = stored_engine(path, settings, installed_features(), progress)
+        engine = stored.open()
+        reference = dict(np.load(folder / f"{kind}.reference.npz"))
+        noise, expected = engine.infer(inputs)["sample"], reference["sample"]
+        ledger: dict[str, int] = defaultdict(int)
+        for row in stored.ledger.rows:
+            ledger[f"{row.requested} as {row.executed}"] += 1
+        missing = sum(row.is_open for row in stored.ledger.rows)
+        manifest = stored.manifest
+        made.append(
+            Measured(
+                kind,
+                manifest.build_seconds,
+                manifest.engine_bytes,
+                dict(ledger),
+                len(stored.ledger.fallbacks),
+                missing,
+                _relative(noise, expected),
+                _relative(reference["plain"], expected),
+                {
+                    int(step): _relative(one, other)
+                    for step, one, other in zip(inputs["timestep"], noise, expected, strict=True)
+                },
+                defaultdict(list),
+            )
+        )
+        engines.append(engine)
+    for batch in batches:
+        given = {
+            name: np.resize(array, (batch, *array.shape[1:])) for name, array in inputs.items()
+        }
+        for _ in range(arguments.repeats):
+            for measured, engine in zip(made, engines, strict=True):
+                times = engine.time_batches(given, arguments.runs)
+                measured.milliseconds[batch].append(statistics.median(times))
+    for engine in engines:
+        engine.close()
+    return made
+
+
+def _relative(got: np.ndarray, expected: np.ndarray) -> float:
+    wide = expected.astype(np.float64)
+    return float(np.linalg.norm(got.astype(np.float64) - wide) / np.linalg.norm(wide))
+
+
+def _print(facts: dict[str, Any], made: list[Measured], progress: Progress) -> None:
+    for engine in made:
+        ledger = ", ".join(f"{count} {name}" for name, count in sorted(engine.ledger.items()))
+        progress.say(
+            f"{facts['source']} {engine.kind}: built in {engine.build_seconds:.0f} s, "
+            f"{engine.engine_bytes / 1e6:.1f} MB; {engine.error:.2g} from ONNX Runtime "
+            f"({engine.own_error:.2g} from itself without optimizations); {ledger}"
+        )
+    half, quantized = made
+    for batch, times in half.milliseconds.items():
+        one, other = statistics.median(times), statistics.median(quantized.milliseconds[batch])
+        progress.say(
+            f"  batch {batch}: fp16 {one:.3f} ms, int8 {other:.3f} ms, {one / other:.2f} × as fast"
+        )
+
+
+# -- stand-ins
+
+
+def make_stand_ins(library: Path, folder: Path) -> None:
+    """Libraries that export the cuBLAS and cuDNN symbols which `library` binds: every one fails."""
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise InputError("stand-ins need a C compiler (cc or gcc), and there is none")
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    )
+    wanted: dict[str, list[str]] = defaultdict(list)
+    pattern = r"U (\w+)@+(lib(?:cublas|cublasLt|cudnn)\.so\.\d+)"
+    for name, soname in re.findall(pattern, listed.stdout):
+        wanted[soname].append(name)
+    for soname, names in wanted.items():
+        source, versions = folder / f"{soname}.c", folder / f"{soname}.map"
+        source.write_text("".join(f"int {name}(void) {{ return 1; }}\n" for name in names))
+        versions.write_text(f"{soname} {{ global: {'; '.join(names)}; local: *; }};\n")
+        options = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", f"-Wl,--version-script={versions}"]
+        subprocess.run([compiler, *options, "-o", folder / soname, source], check=True)
+
+
+if __name__ == "__main__":
+    main()
