@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 
 from ..errors import ArtifactError, InputError, StepError
+from ..memory import release_memory
 from .engine import Arrays, TensorSpec, as_denoiser, check_inputs
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class OnnxRuntimeEngine:
         _check_available(wanted)
         options = _session_options(threads, fold_weights, optimize)
         self._session: Any = _open(self.path, options, wanted, tuple(extra_outputs))
+        # Folding and packing weights leaves more freed memory behind than the model needs: 508 MB
+        # became 220 MB for a w4a8 file of 4 DiT-XL/2 blocks.
+        release_memory()
         started = self._session.get_providers()
         if wanted[0] not in started:
             raise InputError(

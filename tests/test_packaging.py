@@ -51,10 +51,13 @@ DATA_FILES = {
 OPTIONAL_MODULES = [
     "cuda",
     "fastapi",
+    "nncf",
+    "openvino",
     "polygraphy",
     "prometheus_client",
     "ray",
     "tensorrt",
+    "torchao",
     "uvicorn",
     "tritonclient",
 ]

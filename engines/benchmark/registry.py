@@ -40,9 +40,11 @@ def register(name: str, path: str, summary: str, *, quantized: bool) -> None:
 _ONNX = ".targets.onnxruntime_targets"
 _TENSORRT = ".targets.tensorrt_targets"
 _TORCH = ".targets.torch_targets"
+_PEERS = ".targets.peer_targets"
 register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime", quantized=False)
 register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
 register("qdq-packed", f"{_ONNX}:QdqPacked", "model.onnx, weights kept packed", quantized=True)
+register("onnxruntime", f"{_ONNX}:OnnxRuntimeTarget", "its own file, int8", quantized=True)
 register("tensorrt-fp16", f"{_TENSORRT}:HalfPrecision", "unquantized TensorRT", quantized=False)
 register("tensorrt-plugin", f"{_TENSORRT}:Plugin", "the CUDA kernels in TensorRT", quantized=True)
 register("tensorrt-int8", f"{_TENSORRT}:Int8", "TensorRT's INT8 products", quantized=True)
@@ -52,6 +54,10 @@ register("torch-bf16", f"{_TORCH}:EagerBFloat16", "bfloat16 in PyTorch, eager", 
 register("torch-compile", f"{_TORCH}:Compiled", "full precision, torch.compile", quantized=False)
 register("torch-quantized", f"{_TORCH}:Quantized", "the CUDA kernels in PyTorch", quantized=True)
 register("torch-simulation", f"{_TORCH}:Simulation", "simulated quantization", quantized=True)
+register("ort-dynamic", f"{_PEERS}:OnnxRuntimeDynamic", "quantize_dynamic of fp32", quantized=False)
+register("torchao-int8", f"{_PEERS}:TorchAoInt8", "torchao int8, compiled", quantized=False)
+register("openvino", f"{_PEERS}:OpenVino", "full precision in OpenVINO", quantized=False)
+register("openvino-int8", f"{_PEERS}:OpenVinoInt8", "NNCF int8 in OpenVINO", quantized=False)
 
 
 def registrations(names: Sequence[str]) -> list[Registration]:

@@ -19,6 +19,8 @@ from .fuse_modulation import FuseModulationPass
 from .lower_onnxruntime import LowerOnnxRuntimePass
 from .narrow_initializers import NarrowInitializersPass
 
+# Where an export's folder holds the file.
+FILE = Path("onnxruntime") / "model.onnx"
 DOMAINS = (*STANDARD_DOMAINS, ORT_DOMAIN)
 
 

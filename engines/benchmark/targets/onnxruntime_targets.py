@@ -81,6 +81,24 @@ class QdqPacked(Qdq):
     fold_weights = False
 
 
+class OnnxRuntimeTarget:
+    """The file of the target `onnxruntime`: the exported folder's own, else written from it."""
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        from ....calibrate.checkpoint import QuantizedCheckpoint
+        from ....export.onnxruntime.files import FILE, export_onnxruntime
+
+        checkpoint = subject.quantized_folder()
+        path = checkpoint / FILE
+        if not path.is_file():
+            path = folder / "model.onnx"
+            export_onnxruntime(QuantizedCheckpoint.read(checkpoint), path)
+        return Prepared({"path": str(path)}, onnx_bytes(path))
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+
+
 def providers_for(device: str) -> Sequence[str]:
     """Execution providers for a device; `InputError` where this ONNX Runtime lacks the GPU's."""
     if not device.startswith("cuda"):

@@ -194,4 +194,12 @@ def missing_compiler(error: BaseException | None) -> str | None:
 def weight_bytes(denoiser: nn.Module) -> int:
     """Bytes of parameters and buffers, shared ones counted once."""
     tensors = {id(value): value for value in (*denoiser.parameters(), *denoiser.buffers())}
-    return sum(value.numel() * value.element_size() for value in tensors.values())
+    return sum(_held_bytes(value) for value in tensors.values())
+
+
+def _held_bytes(tensor: Tensor) -> int:
+    """A tensor subclass (torchao's int8) holds others, and looks like a float of its shape."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_held_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

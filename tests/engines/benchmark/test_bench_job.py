@@ -43,7 +43,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-TARGETS_RUN = ("fp32", "qdq", "qdq-packed", "torch", "torch-simulation")
+TARGETS_RUN = (
+    "fp32", "qdq", "qdq-packed", "onnxruntime", "torch", "torch-simulation", "ort-dynamic"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,9 @@ def test_every_target_runs_the_same_model(results: BenchmarkResults) -> None:
     # quantized by nearest at 4 bits: some percent off, by the simulation and by the file alike
     assert 0.005 < difference["qdq"] < 0.5
     assert difference["qdq-packed"] == pytest.approx(difference["qdq"], rel=0.02)
+    assert difference["onnxruntime"] == pytest.approx(difference["qdq"], rel=0.02)
+    # 8 bits a tensor: another quantization, but of the same model
+    assert 0.001 < difference["ort-dynamic"] < 0.5
     assert difference["torch-simulation"] == pytest.approx(difference["qdq"], rel=0.02)
 
 
@@ -86,6 +91,8 @@ def test_file_bytes_are_those_of_the_weights(results: BenchmarkResults) -> None:
     assert 0 <= bytes_of["torch"] - parameters <= 4 * 16 * 384
     assert 0 <= bytes_of["fp32"] - parameters <= 500_000
     assert 0 < bytes_of["torch-simulation"] < bytes_of["qdq"] < bytes_of["fp32"]
+    assert 0 < bytes_of["onnxruntime"] < bytes_of["fp32"] / 2
+    assert 0 < bytes_of["ort-dynamic"] < bytes_of["fp32"] / 2
 
 
 def test_an_exported_folder_is_timed_with_the_model_that_it_names(exported: Path) -> None:

@@ -11,8 +11,9 @@ from qdit.engines.benchmark.registry import TARGETS, registrations
 from qdit.errors import InputError
 
 KNOWN = (
-    "fp32, qdq, qdq-packed, tensorrt-fp16, tensorrt-plugin, tensorrt-int8, tensorrt-int4, torch, "
-    "torch-bf16, torch-compile, torch-quantized, torch-simulation"
+    "fp32, qdq, qdq-packed, onnxruntime, tensorrt-fp16, tensorrt-plugin, tensorrt-int8, "
+    "tensorrt-int4, torch, torch-bf16, torch-compile, torch-quantized, torch-simulation, "
+    "ort-dynamic, torchao-int8, openvino, openvino-int8"
 )
 
 
@@ -47,6 +48,8 @@ import qdit.engines.benchmark.worker
 import qdit.engines.onnxruntime_engine
 from qdit.engines.benchmark.registry import TARGETS
 TARGETS["qdq"].load()
+TARGETS["onnxruntime"].load()
+TARGETS["openvino-int8"].load()
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
