@@ -5,8 +5,9 @@
 Locust's users ask for one image after another, with no pause, of 5 … 50 steps and with or without
 guidance. Every policy is the real server in a process of its own, with the same rows a call. It is
 watched while it serves --rows rows after --warmup rows, and the engine alone is timed right before
-and after it, in a third process: other work on the machine slows both. Rows a second, and the share
-of time that was spent in engine calls, come from the server's own counters; latencies from Locust.
+and after it, in a third process: other work on the machine slows both, and CPU time sees less of
+that than the clock. Rows a second, and the share of time that was spent in engine calls, come from
+the server's own counters; latencies from Locust.
 
 'Short' requests are those of at most --short steps. Latencies are of the requests that ended while
 their server was watched, of all rounds together. The users' seeds are the same for each policy.
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import IO
 
 # locust makes this process's sockets cooperative as it is imported: torch stays in others
+import psutil
 from locust import FastHttpUser, events, task
 from locust.env import Environment
 
@@ -43,7 +45,8 @@ _SECONDS_ALONE = 10.0
 @dataclass
 class Window:
     """What was seen between two moments. `latencies`: (steps, seconds) of ended requests;
-    `busy`: seconds in engine calls; `alone`: rows a second of the engine alone at about that time.
+    `busy`: seconds in engine calls; `cpu`: seconds of the server's process; `alone` and
+    `alone_by_cpu`: rows a second, and a CPU second, of the engine alone at about that time.
     """
 
     policy: str
@@ -51,7 +54,9 @@ class Window:
     rows: float = 0.0
     calls: float = 0.0
     busy: float = 0.0
+    cpu: float = 0.0
     alone: float = 0.0
+    alone_by_cpu: float = 0.0
     statuses: dict[int, int] = field(default_factory=dict)
     latencies: list[tuple[int, float]] = field(default_factory=list)
 
@@ -63,6 +68,7 @@ class Row:
     policy: str
     rows_per_second: float
     of_the_engine: float
+    of_the_engine_by_cpu: float
     busy: float
     images_per_second: float
     rows_per_call: float
@@ -97,12 +103,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_engine(options: argparse.Namespace) -> float:
-    """Rows a second of the engine itself at that batch size, in a process of its own."""
+def time_engine(options: argparse.Namespace) -> tuple[float, float]:
+    """Rows a second, and a CPU second, of the engine at that batch size in its own process."""
     command = [sys.executable, __file__, str(options.folder), "--engine-alone"]
     command += _engine_flags(options)
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.splitlines()[-1])
+    by_time, by_cpu = done.stdout.splitlines()[-1].split()
+    return float(by_time), float(by_cpu)
 
 
 def _engine_flags(options: argparse.Namespace) -> list[str]:
@@ -112,7 +119,7 @@ def _engine_flags(options: argparse.Namespace) -> list[str]:
 
 
 def engine_alone(options: argparse.Namespace) -> None:
-    """Print the rows a second of bare engine calls, median over ten seconds."""
+    """Print rows a second and a CPU second of bare engine calls: the median, the mean."""
     import torch
 
     from qdit.calibrate.sampling import initial_noise
@@ -126,23 +133,25 @@ def engine_alone(options: argparse.Namespace) -> None:
     timesteps, labels = torch.arange(rows) * 97 % 1000, torch.arange(rows) % 10
     served.engine.denoise(x, timesteps, labels)
     times: list[float] = []
+    cpu = time.process_time()
     while sum(times) < _SECONDS_ALONE:
         started = time.perf_counter()
         served.engine.denoise(x, timesteps, labels)
         times.append(time.perf_counter() - started)
-    print(rows / statistics.median(times))
+    cpu = time.process_time() - cpu
+    print(rows / statistics.median(times), rows * len(times) / cpu)
 
 
 @contextmanager
-def serving(options: argparse.Namespace, policy: str) -> Iterator[str]:
-    """A fresh server; yields its URL."""
+def serving(options: argparse.Namespace, policy: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A fresh server: its URL and process."""
     command = [sys.executable, "-c", "from qdit.cli import serve_command; serve_command()"]
     command += [str(options.folder), "--port", "0", "--batching", policy]
     command += [*_engine_flags(options), "--max-queue", str(4 * options.users)]
     command += ["--request-timeout", "3600", "--drain-seconds", "0"]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            yield _url(process, log)
+            yield _url(process, log), psutil.Process(process.pid)
         finally:
             process.terminate()
 
@@ -190,20 +199,22 @@ def user_class(seed: int, window: Window) -> type[FastHttpUser]:
 def run_policy(options: argparse.Namespace, policy: str, seed: int) -> Window:
     """Warm up, then watch for a while; users that are waiting at the end are stopped."""
     window = Window(policy)
-    with serving(options, policy) as url:
+    with serving(options, policy) as (url, process):
         asker = user_class(seed, window)
         environment = Environment(user_classes=[asker], events=events, host=url, stop_timeout=0)
         runner = environment.create_local_runner()
         runner.start(options.users, spawn_rate=options.users)
         before, started = _counters_at(url, options.warmup), time.monotonic()
+        cpu = process.cpu_times()
         window.statuses.clear()
         window.latencies.clear()
         after = _counters_at(url, before["rows"] + options.rows)
-        seconds = time.monotonic() - started
+        seconds, ended = time.monotonic() - started, process.cpu_times()
         moved = {name: after[name] - before[name] for name in after}
         found = replace(
             window,
             seconds=seconds,
+            cpu=ended.user + ended.system - cpu.user - cpu.system,
             statuses=dict(window.statuses),
             latencies=list(window.latencies),
             **moved,
@@ -254,6 +265,7 @@ def summary(policy: str, windows: list[Window], short: int) -> Row:
         policy,
         sum(w.rows for w in windows) / seconds,
         statistics.median(w.rows / w.seconds / w.alone for w in windows),
+        statistics.median(w.rows / w.cpu / w.alone_by_cpu for w in windows),
         sum(w.busy for w in windows) / seconds,
         len(answered) / seconds,
         sum(w.rows for w in windows) / max(sum(w.calls for w in windows), 1),
@@ -266,13 +278,14 @@ def summary(policy: str, windows: list[Window], short: int) -> Row:
 def table(rows: list[Row], short: int) -> str:
     """Markdown."""
     lines = [
-        f"| batching | rows/s | of the engine's own | time in calls | images/s "
+        f"| batching | rows/s | of the engine's own, by CPU time | in calls | images/s "
         f"| rows a call | ≤ {short} steps: p50, p95 s | longer: p50, p95 s | all: p50, p95 s "
         "| requests, failed |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r.policy} | {r.rows_per_second:.1f} | {r.of_the_engine:.2f} | {r.busy:.2f} | "
+        f"| {r.policy} | {r.rows_per_second:.1f} | {r.of_the_engine:.2f}, "
+        f"{r.of_the_engine_by_cpu:.2f} | {r.busy:.2f} | "
         f"{r.images_per_second:.2f} | {r.rows_per_call:.1f} | {r.short_p50:.1f}, "
         f"{r.short_p95:.1f} | {r.long_p50:.1f}, {r.long_p95:.1f} | {r.all_p50:.1f}, "
         f"{r.all_p95:.1f} | {r.requests}, {r.failures} |"
@@ -293,10 +306,11 @@ def main() -> None:
         for policy in policies:
             found = run_policy(options, policy, options.seed + number)
             after = time_engine(options)
-            windows[policy].append(replace(found, alone=(before + after) / 2))
+            alone, by_cpu = (sum(pair) / 2 for pair in zip(before, after, strict=True))
+            windows[policy].append(replace(found, alone=alone, alone_by_cpu=by_cpu))
             before = after
             told = f"{found.rows / found.seconds:.1f} rows/s, {found.statuses}, then alone"
-            print(f"round {number + 1}: {policy} {told} {after:.1f}", file=sys.stderr, flush=True)
+            print(f"round {number + 1}: {policy} {told} {alone:.1f}", file=sys.stderr, flush=True)
             _write(options, windows)
     rows = [summary(policy, windows[policy], options.short) for policy in policies]
     print(f"{options.users} users, at most {options.max_batch} rows a call\n")

@@ -56,6 +56,12 @@ class ClusterSettings(_Strict):
     replica_cpus: float | None = Field(default=None, gt=0)
     replica_gpus: float | None = Field(default=None, ge=0)
 
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def _as_text(cls, value: object) -> object:
+        """A plain number comes as one: from the command line, and from a file."""
+        return str(value) if type(value) is int else value
+
     @field_validator("replicas")
     @classmethod
     def _ascends(cls, value: str | None) -> str | None:

@@ -19,9 +19,10 @@ def test_flat_values_find_their_places() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "found"), [(None, (1, 1)), ("3", (3, 3)), ("2:8", (2, 8)), ("2:2", (2, 2))]
+    ("text", "found"),
+    [(None, (1, 1)), ("3", (3, 3)), (3, (3, 3)), ("2:8", (2, 8)), ("2:2", (2, 2))],
 )
-def test_replicas(text: str | None, found: tuple[int, int]) -> None:
+def test_replicas(text: str | int | None, found: tuple[int, int]) -> None:
     given = {} if text is None else {"replicas": text}
     assert make_settings(folder="x", ray=True, **given).cluster.replica_range == found
 
