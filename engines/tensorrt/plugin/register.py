@@ -35,7 +35,7 @@ def register_plugins() -> str:
 
     Raises `InputError` for a TensorRT without ahead-of-time plugins.
     """
-    register_for(gpu(0), newest_isa(_driver_version()))
+    register_for(gpu(0), driver_isa())
     return plugins_digest()
 
 
@@ -70,13 +70,14 @@ def plugin_module() -> Any:
     return trtp
 
 
-def _driver_version() -> int:
+def driver_isa() -> Isa:
+    """The newest PTX that this machine's driver takes. Raises `StepError` where it cannot tell."""
     from cuda.bindings import driver
 
     status, version = driver.cuDriverGetVersion()
     if status != driver.CUresult.CUDA_SUCCESS:
         raise StepError(f"the CUDA driver does not tell its version: {status.name}")
-    return int(version)
+    return newest_isa(int(version))
 
 
 @dataclass(frozen=True)
