@@ -6,6 +6,7 @@ and what is left is decided by `Features`.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ...export.tensorrt.versions import Features, TensorRtVersion
 from ...progress import Progress
 from .library import polygraphy_backend, tensorrt_module
 from .log import ErrorLog, make_logger
-from .monitor import make_monitor
+from .monitor import heartbeat, make_monitor
 from .settings import BuildSettings
 
 # cuBLAS and cuDNN are tactics of older versions that need libraries of their own; measured on the
@@ -50,9 +51,12 @@ def build_engine(
     logger = make_logger(trt, log)
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, log, onnx_path, features)
-    config = _configure(trt, builder, network, settings, features, progress, timing_cache)
+    monitor = make_monitor(trt, progress)
+    config = _configure(trt, builder, network, settings, features, monitor, timing_cache)
     progress.say(f"building {onnx_path.stem} with TensorRT {trt.__version__}")
-    serialized = builder.build_serialized_network(network, config)
+    told = heartbeat(progress, onnx_path.stem) if monitor is None else nullcontext()
+    with told:
+        serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise StepError(f"TensorRT {trt.__version__} could not build {onnx_path}: {log.text()}")
     return Built(bytes(serialized), _cache_of(config))
@@ -87,7 +91,7 @@ def _configure(
     network: Any,
     settings: BuildSettings,
     features: Features,
-    progress: Progress,
+    monitor: Any,
     timing_cache: Path | None,
 ) -> Any:
     polygraphy = polygraphy_backend()
@@ -125,7 +129,6 @@ def _configure(
             if name not in _EXTERNAL_TACTICS
         ]
         options["tactic_sources"] = kept
-    monitor = make_monitor(trt, progress)
     if monitor is not None:
         options["progress_monitor"] = monitor
     config = polygraphy.CreateConfig(**options)(builder, network)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from ...progress import Progress
 
+_SILENT_SECONDS = 30.0
 _SECONDS_BETWEEN = 10.0  # lines are for logs: a build takes minutes
 
 
@@ -63,6 +66,28 @@ class BuildPhases:
         self.progress.say(
             f"TensorRT: {phase.name} {phase.done}/{phase.steps}, about {left:.0f} s left"
         )
+
+
+@contextmanager
+def heartbeat(progress: Progress, name: str, seconds: float = _SILENT_SECONDS) -> Iterator[None]:
+    """Say every so often that a build goes on, for versions that tell nothing of it themselves.
+
+    TensorRT builds without Python's lock, so that a thread can speak.
+    """
+    started, finished = time.monotonic(), threading.Event()
+
+    def speak() -> None:
+        while not finished.wait(seconds):
+            passed = time.monotonic() - started
+            progress.say(f"TensorRT: still building {name}, {passed:.0f} s so far")
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from qdit.engines.tensorrt.ledger import NOT_FOUND, Ledger, layers_of, make_ledger
-from qdit.engines.tensorrt.monitor import BuildPhases
+from qdit.engines.tensorrt.monitor import BuildPhases, heartbeat
 from qdit.errors import ArtifactError
 from qdit.progress import Silent
 
@@ -124,3 +125,14 @@ def test_the_time_left_is_that_of_the_outermost_phase() -> None:
     phases.finish("Tactics")
     phases.finish("Building")
     assert phases.phases == {}
+
+
+def test_a_silent_build_is_said_to_go_on() -> None:
+    lines = Lines()
+    with heartbeat(lines, "tensorrt-int8", seconds=0.01):
+        while len(lines.said) < 2:
+            time.sleep(0.005)
+    count = len(lines.said)
+    assert lines.said[0] == "TensorRT: still building tensorrt-int8, 0 s so far"
+    time.sleep(0.05)
+    assert len(lines.said) == count  # it ends with the build
