@@ -181,9 +181,10 @@ TargetList = Annotated[
     str,
     typer.Option(
         metavar="LIST",
-        help="Files for other runtimes beside model.onnx, separated by commas: tensorrt-plugin "
-        "(exact), tensorrt-int8 (static scales), tensorrt-int4 (weights only), or tensorrt for the "
-        "one nearest to the plan. Engines are built where TensorRT and a GPU are.",
+        help="Files for other runtimes beside model.onnx, separated by commas: onnxruntime "
+        "(int8 on CPUs), tensorrt-plugin (exact), tensorrt-int8 (static scales), tensorrt-int4 "
+        "(weights only), or tensorrt for the one nearest to the plan. Engines are built where "
+        "TensorRT and a GPU are.",
         show_default=False,
     ),
 ]
@@ -265,6 +266,8 @@ Examples:
   --reference VIRTUAL_imagenet256.npz --fid-samples 10000
 
   qdit-export --bits w4a8 --search sensitivity --budget effective-bits=g128 --pareto
+
+  qdit-export --bits w4a8 --activation-group-size token --scale-format integer --target onnxruntime
 
   qdit-export --bits w8a8 --group-size channel --target tensorrt-int8 --tensorrt-version 8.6
 
@@ -403,7 +406,8 @@ def _validate(
     engine: Annotated[
         str,
         typer.Option(
-            help="What is proven: onnxruntime (model.onnx on the CPU), torch (the CUDA kernels), "
+            help="What is proven: onnxruntime (model.onnx on the CPU), onnxruntime-target "
+            "(onnxruntime/model.onnx on the CPU), torch (the CUDA kernels), "
             "tensorrt-plugin, tensorrt-int8, tensorrt-int4, or tensorrt for the one there."
         ),
     ] = "onnxruntime",

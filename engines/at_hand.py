@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from ..calibrate.families.base import Denoiser, Family
 from ..errors import InputError
 from .engine import Engine
+from .self_test import SelfTestError
 
 AUTO = "auto"
 
@@ -91,7 +92,7 @@ def _try_open(
         return None, obstacle
     try:
         return OpenedEngine(kind, kind.open(folder, settings)), ""
-    except InputError as error:  # a plan or a device that shows only on loading
+    except (InputError, SelfTestError) as error:  # what shows only on loading
         return None, str(error)
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:  # an engine needs no torch: not its import time, and not its 
 Arrays = Mapping[str, np.ndarray]
 
 # Engines by the names that files and flags have for them, as people read them.
-ENGINE_TITLES = {"onnxruntime": "ONNX Runtime", "torch": "torch engine", "tensorrt": "TensorRT"}
+ENGINE_TITLES = {
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-target": "ONNX Runtime (target)",
+    "torch": "torch engine",
+    "tensorrt": "TensorRT",
+}
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,7 @@ def _target_job(
         str(job.model.device),
         job.batch_size,
         job.options.threads,
+        job.options.opset,
         job.progress,
     )
 

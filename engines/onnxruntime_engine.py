@@ -13,6 +13,7 @@ import onnxruntime
 from ..errors import ArtifactError, InputError, StepError
 from ..memory import release_memory
 from .engine import Arrays, TensorSpec, as_denoiser, check_inputs
+from .self_test import SelfTestError, read_probe
 
 if TYPE_CHECKING:
     from ..calibrate.families.base import Denoiser, Family
@@ -42,6 +43,9 @@ class OnnxRuntimeEngine:
       that `infer` returns as well.
     * `fold_weights`: dequantize the weights once, at load. Needs memory for float weights and
       makes each run faster; without it they stay packed and every run dequantizes them.
+    * `self_test`: run the probe beside the file, where there is one (`self_test.py`), and raise
+      `SelfTestError` where the session's numbers are off. Not with `extra_outputs`, which are
+      there to be looked at.
     * `optimize`: let ONNX Runtime fuse and fold; False runs the file's own nodes one by one.
     """
 
@@ -54,6 +58,7 @@ class OnnxRuntimeEngine:
         extra_outputs: Sequence[str] = (),
         fold_weights: bool = True,
         optimize: bool = True,
+        self_test: bool = True,
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
@@ -75,6 +80,8 @@ class OnnxRuntimeEngine:
         self._outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self._names = [spec.name for spec in self._outputs]
         self._looks_inside = bool(extra_outputs)
+        if self_test and not extra_outputs:
+            self._test()
 
     @property
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -102,6 +109,22 @@ class OnnxRuntimeEngine:
     def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
         """This engine for the sampling loop; `config` is the denoiser's."""
         return as_denoiser(self, family, config)
+
+    def _test(self) -> None:
+        """Hold the session against the stored probe. Raises `SelfTestError` where it is off."""
+        probe = read_probe(self.path)
+        if probe is None:
+            return
+        error = probe.error_of(self.infer(probe.inputs))
+        if error > probe.tolerance:
+            provider = self._open_session().get_providers()[0]
+            self.close()
+            raise SelfTestError(
+                f"ONNX Runtime {onnxruntime.__version__} computes {self.path} wrong with "
+                f"{provider}: {error:.3g} from the stored output of the reference, at most "
+                f"{probe.tolerance:.3g} is rounding; use another version or provider, or "
+                "model.onnx, or export again where the file was changed"
+            )
 
     def close(self) -> None:
         """Free the session."""

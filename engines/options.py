@@ -37,7 +37,13 @@ if TYPE_CHECKING:
 WeightMethod = Literal["gptq", "mse", "nearest"]
 ComputeDtype = Literal["float32", "float16"]
 EngineName = Literal[
-    "onnxruntime", "torch", "tensorrt", "tensorrt-plugin", "tensorrt-int8", "tensorrt-int4"
+    "onnxruntime",
+    "onnxruntime-target",
+    "torch",
+    "tensorrt",
+    "tensorrt-plugin",
+    "tensorrt-int8",
+    "tensorrt-int4",
 ]
 SearchMethod = Literal["none", "sensitivity", "evolutionary"]
 

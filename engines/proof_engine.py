@@ -107,6 +107,19 @@ class OnnxRuntimeProof:
         )
 
 
+class OnnxRuntimeTargetProof(OnnxRuntimeProof):
+    """`onnxruntime/model.onnx` in ONNX Runtime on the CPU.
+
+    The checkpoint of the proof has the plan that this file computes. What is folded at load is what
+    unpacks the file's weights, so it always is.
+    """
+
+    name = "onnxruntime-target"
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        super().__init__(path, "float32", threads=threads)
+
+
 class TorchProof:
     """A checkpoint on the CUDA kernels in PyTorch; on a CPU through their meaning in torch."""
 

@@ -16,10 +16,11 @@ from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .full_precision import FullPrecision
 from .options import ValidateOptions
-from .proof_engine import OnnxRuntimeProof, ProofEngine, TorchProof
+from .proof_engine import OnnxRuntimeProof, OnnxRuntimeTargetProof, ProofEngine, TorchProof
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .report.targets_schema import TARGETS_NAME, read_targets
+from .targets.onnxruntime_target import as_computed, target_path
 from .workspace import Workspace
 
 
@@ -30,6 +31,8 @@ def run_validate(
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
+    if options.engine == "onnxruntime-target":
+        checkpoint = as_computed(checkpoint)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
@@ -71,6 +74,14 @@ def _engine(
 
         path = target_file(folder, options.engine)
         return TensorRtProof(path, progress=progress, threads=options.threads)
+    if options.engine == "onnxruntime-target":
+        path = target_path(folder)
+        if not path.is_file():
+            raise InputError(
+                f"{folder} holds no {path.relative_to(folder)}; export it again with --target "
+                "onnxruntime"
+            )
+        return OnnxRuntimeTargetProof(path, threads=options.threads)
     if options.engine == "torch":
         if not device.startswith("cuda"):
             raise InputError(

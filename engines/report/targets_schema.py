@@ -8,6 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ...errors import ArtifactError
 from ...files import write_json
+from ..self_test import SUFFIX as PROBE_SUFFIX
 from .entry import Entry, first_problem
 
 TARGETS_NAME = "targets.json"
@@ -72,7 +73,8 @@ class TargetEntry(Entry):
 def files_of(target: TargetEntry) -> list[str]:
     """A target's files by their paths in the output folder; external data may be absent."""
     engine = [] if target.engine is None else [target.engine.file]
-    return [target.file, f"{target.file}.data", *engine]
+    probe = Path(target.file).with_suffix(PROBE_SUFFIX).as_posix()
+    return [target.file, f"{target.file}.data", probe, *engine]
 
 
 _ALL = TypeAdapter(tuple[TargetEntry, ...])

@@ -16,6 +16,8 @@ from ...errors import InputError
 from ...export.capabilities import TARGETS, Refusal, check, nearest_plan
 from ...export.tensorrt.versions import Features, TensorRtVersion, features
 from ..tensorrt.library import installed_version
+from .onnxruntime_target import NAME as ONNXRUNTIME
+from .onnxruntime_target import notes_for
 from .options import BEST, REFERENCE, TargetOptions
 
 _PREFERENCE = ("tensorrt-int4", "tensorrt-plugin", "tensorrt-int8")
@@ -60,6 +62,8 @@ def choose(options: TargetOptions, plan: QuantizationPlan, linears: Sequence[Lin
         if name == BEST:
             notes.append(f"tensorrt is {resolved}: the nearest to the plan that {version} runs")
         made = _fitting(made, linears, resolved, version, notes, degrade=degrade)
+    if ONNXRUNTIME in asked:
+        notes += notes_for(made, linears)
     for name in asked:  # what one target needed may be what another cannot run
         if refusals := _refusals(made, linears, name, version):
             raise InputError(
@@ -129,6 +133,8 @@ def _fitting(
 def _refusals(
     plan: QuantizationPlan, linears: Sequence[LinearSpec], target: str, version: TensorRtVersion
 ) -> list[Refusal]:
+    if TARGETS[target].realize is not None:
+        return []  # it writes every plan; what it does otherwise is said in notes
     return check(plan, linears, target, str(version) if target.startswith(BEST) else None)
 
 

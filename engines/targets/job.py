@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from ..tensorrt.target import TensorRtFiles, facts_json, no_engine_reason, targe
 from ..workspace import Workspace
 from .choice import Choice
 from .file_check import file_numbers
-from .options import TargetOptions
+from .onnxruntime_target import NAME as ONNXRUNTIME
+from .onnxruntime_target import as_computed, onnxruntime_entry, target_path, write_onnxruntime
+from .options import BEST, TargetOptions
 
 RANGES_STEP = "input-ranges"
 _RANGES = "ranges.json"
@@ -38,6 +42,7 @@ class TargetJob:
     device: str
     batch_size: int
     threads: int | None
+    opset: int
     progress: Progress
 
     @property
@@ -70,12 +75,33 @@ def write_targets(job: TargetJob) -> tuple[TargetEntry, ...]:
     Finished files and engines that nothing has changed for are reused. Raises `StepError` where a
     file cannot be written or an engine cannot be built.
     """
-    entries = tuple(_tensorrt_entries(job)) if job.choice.targets else ()
+    made = dict(_tensorrt_entries(job)) if any(map(_is_tensorrt, job.choice.targets)) else {}
+    if ONNXRUNTIME in job.choice.targets:
+        made[ONNXRUNTIME] = _onnxruntime_entry(job)
+    entries = tuple(made[target] for target in job.choice.targets)
     write_targets_file(entries, job.output / TARGETS_NAME)
     return entries
 
 
-def _tensorrt_entries(job: TargetJob) -> list[TargetEntry]:
+def _is_tensorrt(target: str) -> bool:
+    return target.startswith(BEST)
+
+
+def _onnxruntime_entry(job: TargetJob) -> TargetEntry:
+    path = target_path(job.output)
+
+    def write() -> None:
+        write_onnxruntime(
+            job.checkpoint, path, opset=job.opset, device=job.device, progress=job.progress
+        )
+
+    computed = as_computed(job.checkpoint)
+    numbers = _write_file(job, ONNXRUNTIME, path, {"opset": job.opset}, write, computed)
+    asked = job.choice.asked[ONNXRUNTIME]
+    return onnxruntime_entry(job.checkpoint, job.output, asked, numbers)
+
+
+def _tensorrt_entries(job: TargetJob) -> Iterator[tuple[str, TargetEntry]]:
     files = TensorRtFiles(
         job.checkpoint,
         job.output,
@@ -87,33 +113,42 @@ def _tensorrt_entries(job: TargetJob) -> list[TargetEntry]:
     why = no_engine_reason(files.features)
     if why:
         job.progress.say(f"no TensorRT engine is built: {why}")
-    made = []
-    for target in job.choice.targets:
-        facts = _write_file(job, files, target)
+    for target in filter(_is_tensorrt, job.choice.targets):
+        inputs = {
+            "features": asdict(files.features),
+            "scales": dict(files.scales) if target == "tensorrt-int8" else {},
+        }
+        facts = _write_file(
+            job, target, files.path(target), inputs, partial(files.write, target), job.checkpoint
+        )
         built = None
         if not why:
             with job.workspace.timed(f"{target}-engine"):
                 built = files.build(target)
         asked = job.choice.asked[target]
-        made.append(target_entry(files, target, asked, built, why, facts))
-    return made
+        yield target, target_entry(files, target, asked, built, why, facts)
 
 
-def _write_file(job: TargetJob, files: TensorRtFiles, target: str) -> dict[str, Any]:
-    """The target's file, unless it lies there finished; its numbers."""
-    path = files.path(target)
-    inputs = {
-        "weights": job.weights_digest,
-        "features": asdict(files.features),
-        "scales": dict(files.scales) if target == "tensorrt-int8" else {},
-    }
+def _write_file(
+    job: TargetJob,
+    target: str,
+    path: Path,
+    inputs: Mapping[str, Any],
+    write: Callable[[], object],
+    compared: QuantizedCheckpoint,
+) -> dict[str, Any]:
+    """The target's file by `write`, unless it lies there finished; its numbers.
+
+    inputs: what it follows from beside the weights; compared: what its simulation is made of.
+    """
+    inputs = {"weights": job.weights_digest, **inputs}
 
     def work(folder: Path) -> None:
         try:
-            files.write(target)
+            write()
             job.progress.say(f"comparing {path.name} with the simulation")
             numbers = file_numbers(
-                path, job.checkpoint, job.samples, device=job.device, threads=job.threads
+                path, compared, job.samples, device=job.device, threads=job.threads
             )
         except QditError:
             raise
