@@ -173,8 +173,8 @@ RayAddress = Annotated[
 LatencyTarget = Annotated[
     str,
     typer.Option(
-        help="What latency-ms is measured on: qdq, torch (the simulation), or torch-quantized "
-        "(the CUDA kernels)."
+        help="What latency-ms is measured on: qdq, onnxruntime, torch (the simulation), or "
+        "torch-quantized (the CUDA kernels)."
     ),
 ]
 TargetList = Annotated[

@@ -1,10 +1,11 @@
 """Measure single linears on the machine at hand: the table behind `latency-ms` budgets.
 
 Each case (`single_linears.py`) is the linear alone, run through the project's own pieces: the
-lowering, writer and engine of the `qdq` target, the simulation for `torch`, the CUDA kernels for
-`torch-quantized`. The cases of a shape take turns for three rounds and keep their least median,
-since other processes come in bursts and only ever add time. Slow drift of the machine stays in the
-table, and nothing is smoothed or made monotone in the group size, since real kernels are not.
+lowerings, writer and engine of `qdq` and `onnxruntime`, the simulation for `torch`, the CUDA
+kernels for `torch-quantized`. The cases of a shape take turns for three rounds and keep their
+least median, since other processes come in bursts and only ever add time. Slow drift of the machine
+stays in the table, and nothing is smoothed or made monotone in the group size, since real kernels
+are not.
 """
 
 from __future__ import annotations

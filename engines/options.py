@@ -160,7 +160,7 @@ class SearchOptions(Options):
     search_generations: int = Field(10, ge=0, le=10_000)
     search_workers: int | None = Field(None, ge=1, le=4096)
     ray_address: str | None = None
-    latency_target: Literal["qdq", "torch", "torch-quantized"] = "qdq"
+    latency_target: Literal["qdq", "onnxruntime", "torch", "torch-quantized"] = "qdq"
 
     @property
     def search_method(self) -> SearchMethod:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -83,9 +83,11 @@ def check_device(target: str, device: str) -> None:
         )
 
 
-def _qdq(key: LatencyKey, settings: RunSettings, folder: Path) -> float:
+def _onnx(
+    target: Literal["qdq", "onnxruntime"], key: LatencyKey, settings: RunSettings, folder: Path
+) -> float:
     path = folder / "linear.onnx"
-    export_single_linear(linear_contents(key), path, rows=key.rows)
+    export_single_linear(linear_contents(key), path, rows=key.rows, target=target)
     runner = OnnxRuntimeRunner(path, settings)
     runner.bind({INPUT_NAME: np.ascontiguousarray(_input(key).numpy())})
     return 1000 * _median_seconds(runner.run)
@@ -187,7 +189,8 @@ def _random_weight(n: int, k: int, scheme: LayerScheme) -> QuantizedWeight:
 
 LATENCY_TARGETS: Mapping[str, LatencyTarget] = MappingProxyType(
     {
-        "qdq": LatencyTarget(_qdq, ("cpu",)),
+        "qdq": LatencyTarget(partial(_onnx, "qdq"), ("cpu",)),
+        "onnxruntime": LatencyTarget(partial(_onnx, "onnxruntime"), ("cpu",), True),
         "torch": LatencyTarget(_simulation, ("cpu", "cuda")),
         "torch-quantized": LatencyTarget(_kernels, ("cuda",), True, refuse_kernels),
     }

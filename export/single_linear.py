@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
 from ..progress import Silent
 from .contents import LinearContents
 from .lower import lower_and_write
+from .onnxruntime.files import DOMAINS, onnxruntime_lowering
 from .opsets import DEFAULT_OPSET, LINEAR_OP, QDIT_DOMAIN, ComputeDtype, ir_version, onnx_dtype
 from .write import ExportedModel
 
@@ -16,7 +18,12 @@ INPUT_NAME = "x"
 
 
 def export_single_linear(
-    contents: LinearContents, path: Path, *, rows: int, dtype: ComputeDtype = "float32"
+    contents: LinearContents,
+    path: Path,
+    *,
+    rows: int,
+    dtype: ComputeDtype = "float32",
+    target: Literal["qdq", "onnxruntime"] = "qdq",
 ) -> ExportedModel:
     """Write y [rows, N] = linear(x [rows, K]) by the lowering and the writer of whole models.
 
@@ -37,4 +44,10 @@ def export_single_linear(
     opsets = {"": DEFAULT_OPSET, QDIT_DOMAIN: 1}
     graph = ir.Graph([x], [output], nodes=[node], opset_imports=opsets, name=spec.name)
     model = ir.Model(graph, ir_version=ir_version(DEFAULT_OPSET))
-    return lower_and_write(model, {spec.name: contents}, path, dtype=dtype, progress=Silent())
+    named = {spec.name: contents}
+    if target == "qdq":
+        return lower_and_write(model, named, path, dtype=dtype, progress=Silent())
+    lowering = onnxruntime_lowering(named)
+    return lower_and_write(
+        model, named, path, dtype=dtype, progress=Silent(), lowering=lowering, domains=DOMAINS
+    )

@@ -19,7 +19,7 @@ from ...calibrate.search.space import Refuse, SearchSpace, search_space
 from ...calibrate.search.weight_cache import build_weight_cache
 from ...calibrate.trajectories import CalibrationSet
 from ...errors import ArtifactError, InputError
-from ...export.capabilities import target_named
+from ...export.capabilities import TARGETS, target_named
 from ...files import write_json
 from ...memory import release_memory
 from ...progress import Progress, Silent
@@ -27,6 +27,7 @@ from ..fid_files import load_fid_files
 from ..options import ExportOptions
 from ..report.search_schema import SEARCH_NAME, SearchEntry, read_search
 from ..single_linears import check_device, latency_target
+from ..targets.options import REFERENCE
 from ..workspace import Workspace
 from .budgets import budget_of, latency_device
 from .found import Found
@@ -34,7 +35,6 @@ from .record import FRONT_FOLDER, FRONT_NAME, search_entry, write_front
 from .task import SearchTask
 
 PLAN_NAME = "plan.json"
-_TARGET = "qdq"  # always written; `budget` keeps to what it can express
 _SECONDS = "seconds.json"
 # Weights, measurements and judged plans, each under keys of its own: kept from one budget to the
 # next, where the step's own folder starts empty.
@@ -109,23 +109,33 @@ def search_budget(
 
 
 def space_of(options: ExportOptions, model: DiffusionModel) -> SearchSpace:
-    """What may be chosen: the groups that `qdq` can express, and the target of a latency budget can
-    run; the paper's method keeps both sides of a linear at one size. Raises `InputError` where the
-    flags quantize nothing."""
+    """What may be chosen: the groups that every target of the export can express and the target of
+    a latency budget can run; the paper's method keeps both sides of a linear at one size. Raises
+    `InputError` where the flags quantize nothing, or leave a linear without a choice."""
     scheme = options.scheme()
     if not scheme.quantizes_weights:
         raise InputError(
             f"a search needs quantized weights, got --bits {options.bits}; use w8a8, w4a8 or such"
         )
-    refusals: list[Refuse] = [target_named(_TARGET).refuse]
-    if _by_latency(options):
-        refusals.append(latency_target(options.latency_target).refuse)
+    refusals = _refusals(options)
 
     def refuse(spec: LinearSpec, scheme: LayerScheme) -> str | None:
         return next(filter(None, (one(spec, scheme) for one in refusals)), None)
 
     tied = options.search_method == "evolutionary"
     return search_space(model.linears, scheme, options.bits, refuse=refuse, tied=tied)
+
+
+def _refusals(options: ExportOptions) -> list[Refuse]:
+    """What leaves choices out. Not the targets where a plan may be degraded to what they can, nor
+    those that write every plan (`realize`) or stand for the best of several."""
+    refusals = [target_named(REFERENCE).refuse]
+    if options.on_unsupported == "stop":
+        named = [TARGETS[name] for name in options.target if name in TARGETS]
+        refusals += [target.refuse for target in named if target.realize is None]
+    if _by_latency(options):
+        refusals.append(latency_target(options.latency_target).refuse)
+    return refusals
 
 
 def _by_latency(options: ExportOptions) -> bool:

@@ -37,6 +37,8 @@ CASES = {
     "qdq asymmetric": key(weight_symmetric=False, activation_symmetric=False),
     "qdq weight-only": key(activation_bits=16),
     "qdq unquantized": key(weight_bits=16, activation_bits=16),
+    "onnxruntime": key("onnxruntime"),
+    "onnxruntime per token": key("onnxruntime", weight_group="channel", activation_group="token"),
     "torch": key("torch"),
     "torch unquantized": key("torch", weight_bits=16, activation_bits=16),
 }
@@ -102,7 +104,8 @@ def test_a_cache_that_does_not_hold_is_made_anew(
 
 def test_unknown_targets_are_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="measured on qdq, torch or torch-quantized, got 'tensorrt-plugin'"
+        InputError,
+        match="measured on qdq, onnxruntime, torch or torch-quantized, got 'tensorrt-plugin'",
     ):
         measure_latencies([key("tensorrt-plugin")], cache=tmp_path)
     assert not list(tmp_path.iterdir())
@@ -115,11 +118,15 @@ def test_the_folder_follows_the_variable(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert latency_folder() == Path.home() / ".cache" / "qdit" / "latency"
 
 
-@pytest.mark.parametrize("name", ["qdq", "qdq asymmetric", "qdq weight-only"])
+@pytest.mark.parametrize(
+    "name",
+    ["qdq", "qdq asymmetric", "qdq weight-only", "onnxruntime", "onnxruntime per token"],
+)
 def test_the_file_measured_computes_the_simulation(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     contents = linear_contents(case)
-    export_single_linear(contents, tmp_path / "linear.onnx", rows=case.rows)
+    path = tmp_path / "linear.onnx"
+    export_single_linear(contents, path, rows=case.rows, target=case.target)
     x = torch.randn(case.rows, case.in_features, generator=torch.Generator().manual_seed(1))
     engine = OnnxRuntimeEngine(tmp_path / "linear.onnx", threads=1)
     (output,) = engine.infer({"x": x.numpy()}).values()

@@ -291,14 +291,38 @@ def test_a_latency_budget_keeps_to_what_its_target_can_run(
     make_model: Callable[..., DiffusionModel],
     tmp_path: Path,
 ) -> None:
-    model = make_model(num_attention_heads=2, attention_head_dim=144)
-    spaces = [
-        space_of(make_options(tmp_path, budget="latency-ms=9", latency_target=target), model)
+    latency = {"budget": "latency-ms=9"}
+    every, some = (
+        groups_of_288(make_model, make_options(tmp_path, **latency, latency_target=target))
         for target in ("torch", "torch-quantized")
-    ]
-    name = next(spec.name for spec in model.linears if spec.in_features == 288)
-    groups = [space.weight_groups(name) for space in spaces]
-    assert set(groups[0]) - set(groups[1]) == {144}
+    )
+    assert every - some == {144}
+
+
+def test_a_search_keeps_to_what_the_targets_can_run(
+    make_options: Callable[..., ExportOptions],
+    make_model: Callable[..., DiffusionModel],
+    tmp_path: Path,
+) -> None:
+    every, plugin, degraded, static = (
+        groups_of_288(make_model, make_options(tmp_path, **flags))
+        for flags in (
+            {},
+            {"target": "tensorrt-plugin"},
+            {"target": "tensorrt-plugin", "on_unsupported": "degrade"},
+            {"target": "onnxruntime,tensorrt-int8"},
+        )
+    )
+    assert every == degraded
+    assert every - plugin == {144}
+    assert static == {"channel"}
+
+
+def groups_of_288(make_model: Callable[..., DiffusionModel], options: ExportOptions) -> set[Any]:
+    """The weight groups of attention's linears, with 288 inputs, in the space of these options."""
+    model = make_model(num_attention_heads=2, attention_head_dim=144)
+    name = next(spec.name for spec in model.linears if spec.name.endswith("to_q"))
+    return set(space_of(options, model).weight_groups(name))
 
 
 def test_the_paper_s_search_keeps_both_sides_of_a_linear_at_one_size(
