@@ -12,7 +12,8 @@ from .images import ImageFormat
 
 @dataclass(frozen=True)
 class Generation:
-    """One request, checked and complete: equal generations give equal images.
+    """One request, checked and complete: equal generations give equal images, within the
+    tolerance that docs/serve.md has for each engine.
 
     Image j is the sampler's sample `label + j · class_count` of `seed` (calibrate/sampling.py).
     `previews`: of each image, before it is finished; `tells_progress`: after each engine call;
