@@ -154,6 +154,19 @@ class TestCluster:
         assert {answer.status_code for answer in answers} == {200, 429}
         assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
 
+    def test_ray_exports_the_engines_counts(self, cluster: Cluster) -> None:
+        import ray
+
+        assert post(cluster).status_code == 200
+        node = ray.nodes()[0]
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+        def exported() -> bool:
+            text = httpx.get(url).text
+            return "ray_qdit_images" in text and "ray_qdit_engine_call_seconds_bucket" in text
+
+        eventually(exported, patience=60)
+
     def test_the_deadline_holds_without_any_replica(self, cluster: Cluster) -> None:
         late = replace(generation(label=1, steps=200, seed=1), seconds=0.2)
 
