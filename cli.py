@@ -649,7 +649,11 @@ def _serve(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
     engine: Annotated[
-        str, typer.Option(help="Engine by name; auto takes the best that opens: tell with -v.")
+        str,
+        typer.Option(
+            help="auto (the best that opens), tensorrt-plugin, torch, onnxruntime, qdq, "
+            "tensorrt-int8 or tensorrt-int4."
+        ),
     ] = "auto",
     device: Device = "auto",
     threads: Threads = None,

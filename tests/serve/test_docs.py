@@ -38,6 +38,15 @@ def test_every_engine_is_in_the_table(text: str) -> None:
     assert {name for name in engine_names() if f"`{name}`" not in text} == set()
 
 
+def test_every_engine_is_in_the_help() -> None:
+    (option,) = (
+        option
+        for option in inspect.signature(cli._serve).parameters.values()
+        if option.name == "engine"
+    )
+    assert {name for name in engine_names() if name not in str(option.annotation)} == set()
+
+
 def test_every_failure_is_in_the_table(text: str) -> None:
     kinds = [
         kind
