@@ -10,6 +10,8 @@ from pathlib import Path
 from ...export.tensorrt.versions import Features
 from .settings import BuildSettings
 
+_ALWAYS_STRONGLY_TYPED = 11  # and without tactic sources of other libraries
+
 
 @dataclass(frozen=True)
 class InputShape:
@@ -43,9 +45,11 @@ def trtexec_command(
         flags.append(f"--{name}Shapes={shapes}")
     if not features.strongly_typed:
         flags += ["--fp16", *(["--int8"] if quantized else [])]
-        flags.append("--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN")
-    elif features.version.major < 11:
+        flags.append("--precisionConstraints=prefer")
+    elif features.version.major < _ALWAYS_STRONGLY_TYPED:
         flags.append("--stronglyTyped")
+    if features.version.major < _ALWAYS_STRONGLY_TYPED:
+        flags.append("--tacticSources=-CUBLAS,-CUBLAS_LT,-CUDNN")
     flags.append("--noTF32")
     flags += _common(settings)
     if settings.workspace_bytes is not None:
@@ -93,13 +97,20 @@ def polygraphy_command(
         parts.append("--strongly-typed")
     else:
         parts += ["--fp16", *(["--int8"] if quantized else []), "--precision-constraints", "prefer"]
+    if features.version.major < _ALWAYS_STRONGLY_TYPED:
         parts += ["--tactic-sources", "edge_mask_convolutions", "jit_convolutions"]
+    parts += ["--profiling-verbosity", "detailed"]
     if settings.optimization_level is not None:
         parts += ["--builder-optimization-level", str(settings.optimization_level)]
     if settings.hardware_compatible:
         parts += ["--hardware-compatibility-level", "ampere_plus"]
     if settings.version_compatible:
         parts.append("--version-compatible")
+    if not features.strongly_typed and (
+        settings.version_compatible or settings.hardware_compatible
+    ):
+        # these files have no InstanceNormalization, and 8.6.0 no flag for it, which Polygraphy sets
+        parts.append("--plugin-instancenorm")
     if settings.weight_streaming:
         parts.append("--weight-streaming")
     if settings.refit:

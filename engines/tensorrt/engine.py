@@ -16,6 +16,7 @@ from .cuda import DeviceBuffer, Graph, checked, cuda_runtime
 from .ledger import layers_of
 from .library import tensorrt_module
 from .log import ErrorLog, make_logger
+from .manifest import EngineManifest, manifest_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +48,14 @@ class TensorRtEngine:
     Names, dtypes and shapes are those of the ONNX file. Where TensorRT made INT32 of an INT64 input
     (8.6), arrays are converted on the way in. `infer` keeps its buffers and, with `graphs`, replays
     one CUDA graph a batch size; `run_torch` reads and writes the tensors that it is given.
+
+    host_code: whether the engine may bring a runtime of its own, which version-compatible ones do;
+    by default what its manifest says.
     """
 
-    def __init__(self, path: Path | str, *, graphs: bool = True) -> None:
+    def __init__(
+        self, path: Path | str, *, graphs: bool = True, host_code: bool | None = None
+    ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise InputError(f"no engine at {self.path}; build it first")
@@ -59,6 +65,8 @@ class TensorRtEngine:
         logger = make_logger(self._trt, self._log)
         self._trt.init_libnvinfer_plugins(logger, "")
         self._loader: Any = self._trt.Runtime(logger)
+        if _has_host_code(self.path) if host_code is None else host_code:
+            self._loader.engine_host_code_allowed = True
         self._engine: Any = self._loader.deserialize_cuda_engine(self.path.read_bytes())
         if self._engine is None:
             raise ArtifactError(
@@ -325,6 +333,12 @@ class TensorRtEngine:
 
     def _synchronize(self) -> None:
         checked(self._runtime, self._runtime.cudaStreamSynchronize(self._stream))
+
+
+def _has_host_code(path: Path) -> bool:
+    """Whether the manifest beside an engine says that it is version-compatible."""
+    manifest = EngineManifest.read(manifest_path(path))
+    return manifest is not None and bool(manifest.settings.get("version_compatible"))
 
 
 def _set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:

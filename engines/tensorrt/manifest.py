@@ -96,6 +96,11 @@ class EngineManifest:
         return found if found.version == MANIFEST_VERSION else None
 
 
+def manifest_path(engine: Path) -> Path:
+    """Where the manifest of an engine lies."""
+    return engine.with_name(f"{engine.name}.json")
+
+
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} {_short(entry)}" for key, entry in value.items()) + "}"

@@ -22,7 +22,7 @@ from .engine import TensorRtEngine
 from .ledger import Ledger, make_ledger
 from .library import gpu_identity, tensorrt_module
 from .linears import linears_of
-from .manifest import EngineManifest
+from .manifest import EngineManifest, manifest_path
 from .settings import BuildSettings
 
 TIMING_CACHE = "timing.cache"
@@ -46,10 +46,6 @@ class StoredEngine:
 def engine_path(onnx_path: Path) -> Path:
     """Where the engine of a file lies."""
     return onnx_path.with_suffix(".engine")
-
-
-def manifest_path(engine: Path) -> Path:
-    return engine.with_name(f"{engine.name}.json")
 
 
 def ledger_path(engine: Path) -> Path:
@@ -105,7 +101,7 @@ def _install(
     with atomic_path(engine) as fresh:
         fresh.write_bytes(built.engine)
     try:
-        with TensorRtEngine(engine) as opened:
+        with TensorRtEngine(engine, host_code=settings.version_compatible) as opened:
             ledger = make_ledger(linears_of(onnx_path), opened.layers())
         ledger.write(ledger_path(engine))
         progress.say(f"precision of {engine.name}: {ledger.summary}")

@@ -281,7 +281,8 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             faults.started_from = config.cache.data
             config.cache = ITimingCache(b"timed")
             shapes = {name: list(map(list, s)) for name, s in config.profiles[0].shapes.items()}
-            head = json.dumps({"shapes": shapes}).encode()
+            host_code = "VERSION_COMPATIBLE" in config.flags_set
+            head = json.dumps({"shapes": shapes, "host_code": host_code}).encode()
             body: bytes = network.model.SerializeToString()
             return len(head).to_bytes(4, "little") + head + body
 
@@ -399,8 +400,12 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
     class Runtime:
         def __init__(self, logger: Any) -> None:
             self.logger = logger
+            self.engine_host_code_allowed = False
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+            if b'"host_code": true' in serialized_engine and not self.engine_host_code_allowed:
+                self.logger.log(severity.ERROR, "host code is not allowed")
+                return None
             try:
                 return ICudaEngine(serialized_engine)
             except Exception as error:  # a damaged plan: TensorRT logs, and returns nothing
@@ -425,6 +430,16 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
         if cls.__name__ in api["classes"]:
             setattr(module, cls.__name__, cls)
     module.Logger = type("Logger", (ILogger,), dict(severity.__members__))  # type: ignore[attr-defined]
+    if not version.startswith("11"):  # Polygraphy's tool makes a calibrator wherever it says INT8
+        calibrator = type("IInt8Calibrator", (), {})
+        module.IInt8Calibrator = calibrator  # type: ignore[attr-defined]
+        for kind in (
+            "EntropyCalibrator",
+            "EntropyCalibrator2",
+            "LegacyCalibrator",
+            "MinMaxCalibrator",
+        ):
+            setattr(module, f"IInt8{kind}", type(kind, (calibrator,), {}))
     module.init_libnvinfer_plugins = lambda logger, namespace: True  # type: ignore[attr-defined]
     return module
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qdit.engines.tensorrt import library, store
+from qdit.engines.tensorrt.engine import TensorRtEngine
 from qdit.engines.tensorrt.ledger import Ledger
 from qdit.engines.tensorrt.library import GpuIdentity, why_no_engine
 from qdit.engines.tensorrt.manifest import EngineManifest
@@ -182,6 +183,7 @@ class TestReuse:
         build(newest, path, both)
         assert newest.faults.config.hardware_compatibility_level.name == "AMPERE_PLUS"
         assert "VERSION_COMPATIBLE" in newest.faults.config.flags_set
+        TensorRtEngine(path.with_suffix(".engine")).close()  # its own runtime is allowed
         newest.module.__version__ = "11.9.0"
         other = GpuIdentity("NVIDIA A100", "8.0", "550.1")
         monkeypatch.setattr(store, "gpu_identity", lambda index=0: other)
