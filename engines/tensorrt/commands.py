@@ -83,7 +83,11 @@ def polygraphy_command(
     *,
     quantized: bool,
 ) -> str:
-    """One line for `polygraphy convert`."""
+    """One line for `polygraphy convert`.
+
+    With compatibility flags Polygraphy sets a parser flag that TensorRT 8.6.0 does not have, and
+    stops; 8.6.1 has it.
+    """
     parts = ["polygraphy", "convert", str(onnx_path), "--convert-to", "trt", "-o", str(engine)]
     batches = settings.batch
     for flag, batch in (
@@ -106,11 +110,6 @@ def polygraphy_command(
         parts += ["--hardware-compatibility-level", "ampere_plus"]
     if settings.version_compatible:
         parts.append("--version-compatible")
-    if not features.strongly_typed and (
-        settings.version_compatible or settings.hardware_compatible
-    ):
-        # these files have no InstanceNormalization, and 8.6.0 no flag for it, which Polygraphy sets
-        parts.append("--plugin-instancenorm")
     if settings.weight_streaming:
         parts.append("--weight-streaming")
     if settings.refit:

@@ -150,7 +150,7 @@ def checked_engine(engine: Path) -> EngineManifest:
     found = EngineManifest.read(manifest_path(engine))
     if found is None or not engine.is_file() or engine.stat().st_size != found.engine_bytes:
         raise ArtifactError(
-            f"{engine} is no finished engine: its manifest is missing or of another file; build it "
-            "again with qdit-export --target"
+            f"{engine} is no finished engine; build it again with qdit-export --target (its "
+            "manifest is missing or of another file)"
         )
     return found
