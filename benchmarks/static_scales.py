@@ -158,7 +158,7 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 def print_table(found: dict[str, Any]) -> None:
     table = Table(box=SIMPLE, title="relative error of the predicted noise, by timestep")
     steps = list(next(iter(found.values())))
-    table.add_column("activation scales")
+    table.add_column("activation scales", no_wrap=True)
     for step in steps:
         table.add_column("all" if step == -1 else f"t = {step}", justify="right")
     for name, values in found.items():
