@@ -245,6 +245,23 @@ RequireEngine = Annotated[
     bool,
     typer.Option("--require-engine", help="Stop with exit code 2 where no engine can be built."),
 ]
+Provider = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="ONNX Runtime: execution provider, such as CPUExecutionProvider. One that is missing "
+        "is an error, never a run on the CPU.",
+        show_default=False,
+    ),
+]
+SessionOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="ONNX Runtime: an entry of its session configuration; may be given several times.",
+        show_default=False,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only errors.")]
 Config = Annotated[
@@ -421,6 +438,8 @@ def _validate(
     device: Device = "auto",
     batch_size: BatchSize = None,
     threads: Threads = None,
+    provider: Provider = None,
+    session_option: SessionOption = None,
     seed: Seed = 0,
     model: Annotated[
         str | None,
@@ -523,7 +542,13 @@ def _bench(
     ] = 10.0,
     threads: Threads = None,
     device: Device = "auto",
+    provider: Provider = None,
+    session_option: SessionOption = None,
     seed: Seed = 0,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Then say where the time goes, by kind of operator."),
+    ] = False,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the results; a plot goes beside it."),
@@ -539,6 +564,8 @@ def _bench(
       qdit-bench build/demo-w4a8 --batch 1,8
 
       qdit-bench random:DiT-XL/2 --bits w4a8 --blocks 4 --targets fp32,qdq,torch --json xl.json
+
+      qdit-bench build/demo-w4a8 --targets fp32,onnxruntime,ort-dynamic --profile --json demo.json
     """
     from .engines import bench_job
 
@@ -555,6 +582,9 @@ def _bench(
             threads=threads,
             device=device,
             seed=seed,
+            profile=profile,
+            provider=provider,
+            session_options=session_option or (),
             json_file=json_file,
             command=command_line(),
             progress=terminal,

@@ -10,7 +10,8 @@ from typing import Any
 from ..errors import InputError, StepError
 from ..progress import Progress
 from .benchmark.plot import write_plot
-from .benchmark.registry import registrations
+from .benchmark.profile_view import print_profiles, write_profile_plot
+from .benchmark.registry import IN_ONNX_RUNTIME, registrations
 from .benchmark.results import BenchmarkResults
 from .benchmark.rounds import Schedule, measure
 from .benchmark.subject import Subject
@@ -20,6 +21,7 @@ from .benchmark.target import RunSettings
 from .devices import resolve_device
 from .machine import describe_machine, load_average, usable_cores
 from .options import SchemeOptions
+from .session_settings import parse_session_options
 
 # A load average above this share of the cores means that other work takes part of them.
 _BUSY = 0.5
@@ -37,18 +39,32 @@ def run_bench(
     threads: int | None = None,
     device: str = "auto",
     seed: int = 0,
+    profile: bool = False,
+    provider: str | None = None,
+    session_options: Sequence[str] = (),
     json_file: Path | None = None,
     command: str,
     progress: Progress,
 ) -> BenchmarkResults:
     """Time `targets` on `source` (an exported folder or a model source) and print the table.
 
-    `json_file` gets the results and a plot of the same name with the suffix .svg. Raises
+    `json_file` gets the results and a plot of the same name with the suffix .svg; with `profile`
+    also one of operators, .profile.svg. Raises
     `InputError` for what cannot be asked for, `StepError` when no target could be timed.
     """
     chosen = registrations(targets)
-    schedule = Schedule(tuple(sorted(set(batches))), runs, seconds)
-    settings = RunSettings(resolve_device(device), threads or usable_cores())
+    schedule = Schedule(tuple(sorted(set(batches))), runs, seconds, profile=profile)
+    if (provider or session_options) and not set(targets) & set(IN_ONNX_RUNTIME):
+        raise InputError(
+            f"--provider and --session-option are read by {', '.join(IN_ONNX_RUNTIME)}, got "
+            f"--targets {','.join(targets)}; add one or leave them out"
+        )
+    settings = RunSettings(
+        resolve_device(device),
+        threads or usable_cores(),
+        provider,
+        parse_session_options(session_options),
+    )
     load = _check_load(settings, progress)
     with tempfile.TemporaryDirectory(prefix="qdit-bench-") as folder:
         work = Path(folder)
@@ -102,6 +118,9 @@ def check_scheme_flags(subject: Subject, scheme: SchemeOptions) -> None:
 def publish(results: BenchmarkResults, json_file: Path | None, progress: Progress) -> None:
     """Print table and failures, write the files, and fail when nothing was timed."""
     print_results(results)
+    profiled = any(row.profile for row in results.rows)
+    if results.settings.get("profile"):
+        print_profiles(results)
     if json_file is not None:
         results.write(json_file)
         progress.say(f"wrote {json_file}")
@@ -111,15 +130,22 @@ def publish(results: BenchmarkResults, json_file: Path | None, progress: Progres
         plot = json_file.with_suffix(".svg")
         write_plot(results, plot)
         progress.say(f"wrote {plot}")
+    if json_file is not None and profiled:
+        plot = json_file.with_suffix(".profile.svg")
+        write_profile_plot(results, plot)
+        progress.say(f"wrote {plot}")
 
 
 def _settings_json(schedule: Schedule, settings: RunSettings, load: float) -> dict[str, Any]:
     return {
         "device": settings.device,
         "threads": settings.threads,
+        "provider": settings.provider,
+        "session_options": settings.session_options,
         "batches": list(schedule.batches),
         "least_runs": schedule.runs,
         "seconds_per_batch": schedule.seconds,
         "warm_up_runs": schedule.warm_up,
+        "profile": schedule.profile,
         "load_average_before": load,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,8 @@ class OnnxRuntimeEngine:
     * `self_test`: run the probe beside the file, where there is one (`self_test.py`), and raise
       `SelfTestError` where the session's numbers are off. Not with `extra_outputs`, which are
       there to be looked at.
+    * `session_options`: further entries of ONNX Runtime's session configuration, over our own.
+    * `profile_folder`: write a profile there, which `end_profiling` names. It slows runs down.
     * `optimize`: let ONNX Runtime fuse and fold; False runs the file's own nodes one by one.
     """
 
@@ -59,6 +61,8 @@ class OnnxRuntimeEngine:
         fold_weights: bool = True,
         optimize: bool = True,
         self_test: bool = True,
+        session_options: Mapping[str, str] | None = None,
+        profile_folder: Path | None = None,
     ) -> None:
         self.path = Path(path)
         if not self.path.is_file():
@@ -66,6 +70,11 @@ class OnnxRuntimeEngine:
         wanted = list(providers or [CPU])
         _check_available(wanted)
         options = _session_options(threads, fold_weights, optimize)
+        for key, value in (session_options or {}).items():
+            _add_entry(options, key, value)
+        if profile_folder is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_folder / "profile")
         self._session: Any = _open(self.path, options, wanted, tuple(extra_outputs))
         # Folding and packing weights leaves more freed memory behind than the model needs: 508 MB
         # became 220 MB for a w4a8 file of 4 DiT-XL/2 blocks.
@@ -109,6 +118,16 @@ class OnnxRuntimeEngine:
     def as_denoiser(self, family: Family, config: dict[str, Any]) -> Denoiser:
         """This engine for the sampling loop; `config` is the denoiser's."""
         return as_denoiser(self, family, config)
+
+    def end_profiling(self) -> Path:
+        """The profile of all runs so far, ONNX Runtime's own JSON; `profile_folder` asked for it.
+
+        There is none before and none after. Raises `InputError` where it was not asked for.
+        """
+        written = self._open_session().end_profiling()
+        if not written:
+            raise InputError("the engine writes no profile; open it with profile_folder")
+        return Path(written)
 
     def _test(self) -> None:
         """Hold the session against the stored probe. Raises `SelfTestError` where it is off."""
@@ -190,6 +209,18 @@ def _session_options(threads: int | None, fold_weights: bool, optimize: bool) ->
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
     return options
+
+
+def _add_entry(options: Any, key: str, value: str) -> None:
+    if "." not in key:
+        raise InputError(
+            f"a session option is called like session.use_env_allocators, got {key!r}; ONNX "
+            "Runtime's onnxruntime_session_options_config_keys.h lists them"
+        )
+    try:
+        options.add_session_config_entry(key, value)
+    except Exception as error:  # ONNX Runtime raises kinds of its own
+        raise InputError(f"ONNX Runtime refuses the session option {key}={value}") from error
 
 
 def _open(

@@ -23,6 +23,7 @@ from ..calibrate.schemes import (
     preset_bits,
 )
 from ..errors import InputError
+from .session_settings import parse_session_options
 from .targets.options import TargetOptions
 
 if sys.version_info >= (3, 11):
@@ -144,6 +145,23 @@ class ValidateOptions(ProofOptions):
     """The flags of a proof of an exported folder. `engine` is the one that is proven."""
 
     engine: EngineName = "onnxruntime"
+    provider: str | None = None
+    session_option: tuple[str, ...] = ()
+
+    @field_validator("session_option")
+    @classmethod
+    def _parsed_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_session_options(value)
+        return value
+
+    def check_engine(self) -> None:
+        """Raise `InputError` for flags that the engine would not read."""
+        given = {"provider", "session_option"} & self.model_fields_set
+        if given and not self.engine.startswith("onnxruntime"):
+            flag = min(given).replace("_", "-")
+            raise InputError(
+                f"--{flag} is read by ONNX Runtime, got --engine {self.engine}; leave it out"
+            )
 
 
 class SearchOptions(Options):

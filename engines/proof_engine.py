@@ -13,6 +13,7 @@ from ..calibrate.families.base import Denoiser, Family
 from ..files import sha256_of_file
 from .onnxruntime_engine import OnnxRuntimeEngine
 from .parity_internals import ExposedValues, exposed_values
+from .session_settings import CPU, providers_of
 
 if TYPE_CHECKING:
     from .torch_engine.engine import TorchEngine
@@ -60,13 +61,12 @@ class ProofEngine(Protocol):
 
 
 class OnnxRuntimeProof:
-    """`model.onnx` in ONNX Runtime on the CPU.
+    """`model.onnx` in ONNX Runtime, on the CPU unless another provider is named.
 
     The weights of a large model stay packed: slower, at half the memory (docs/targets.md).
     """
 
     name = "onnxruntime"
-    on_gpu = False
     exact = True
 
     def __init__(
@@ -77,8 +77,13 @@ class OnnxRuntimeProof:
         threads: int | None = None,
         fold_weights: bool = True,
         optimize: bool = True,
+        provider: str | None = None,
+        session_options: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
+        self._providers = providers_of(provider)
+        self._session_options = dict(session_options or {})
+        self.on_gpu = self._providers[0] not in (CPU, "DnnlExecutionProvider")
         self._optimize = optimize
         self.dtype = dtype
         self._threads = threads
@@ -89,7 +94,11 @@ class OnnxRuntimeProof:
         return str(self.path)
 
     def identity(self) -> dict[str, Any]:
-        return {"file": sha256_of_file(self.path)}
+        return {
+            "file": sha256_of_file(self.path),
+            "providers": self._providers,
+            "session_options": self._session_options,
+        }
 
     def exposed(self) -> ExposedValues:
         return exposed_values(self.path)
@@ -104,11 +113,13 @@ class OnnxRuntimeProof:
             extra_outputs=tuple(extra_outputs),
             fold_weights=self._fold_weights,
             optimize=self._optimize,
+            providers=self._providers,
+            session_options=self._session_options,
         )
 
 
 class OnnxRuntimeTargetProof(OnnxRuntimeProof):
-    """`onnxruntime/model.onnx` in ONNX Runtime on the CPU.
+    """`onnxruntime/model.onnx` in ONNX Runtime, likewise.
 
     The checkpoint of the proof has the plan that this file computes. What is folded at load is what
     unpacks the file's weights, so it always is.
@@ -116,8 +127,17 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
 
     name = "onnxruntime-target"
 
-    def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        super().__init__(path, "float32", threads=threads)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        provider: str | None = None,
+        session_options: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(
+            path, "float32", threads=threads, provider=provider, session_options=session_options
+        )
 
 
 class TorchProof:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -20,6 +21,7 @@ from .proof_engine import OnnxRuntimeProof, OnnxRuntimeTargetProof, ProofEngine,
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .report.targets_schema import TARGETS_NAME, read_targets
+from .session_settings import parse_session_options
 from .targets.onnxruntime_target import as_computed, target_path
 from .workspace import Workspace
 
@@ -28,6 +30,7 @@ def run_validate(
     folder: Path, options: ValidateOptions, model: str | None, command: str, progress: Progress
 ) -> bool:
     """Prove `folder`; True when the gate passed. `model` overrides where full precision lies."""
+    options.check_engine()
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
@@ -74,6 +77,11 @@ def _engine(
 
         path = target_file(folder, options.engine)
         return TensorRtProof(path, progress=progress, threads=options.threads)
+    session: dict[str, Any] = {
+        "threads": options.threads,
+        "provider": options.provider,
+        "session_options": parse_session_options(options.session_option),
+    }
     if options.engine == "onnxruntime-target":
         path = target_path(folder)
         if not path.is_file():
@@ -81,7 +89,7 @@ def _engine(
                 f"{folder} holds no {path.relative_to(folder)}; export it again with --target "
                 "onnxruntime"
             )
-        return OnnxRuntimeTargetProof(path, threads=options.threads)
+        return OnnxRuntimeTargetProof(path, **session)
     if options.engine == "torch":
         if not device.startswith("cuda"):
             raise InputError(
@@ -95,8 +103,8 @@ def _engine(
     return OnnxRuntimeProof(
         exported,
         _compute_dtype(exported),
-        threads=options.threads,
         fold_weights=not checkpoint.is_large,
+        **session,
     )
 
 

@@ -59,6 +59,9 @@ register("torchao-int8", f"{_PEERS}:TorchAoInt8", "torchao int8, compiled", quan
 register("openvino", f"{_PEERS}:OpenVino", "full precision in OpenVINO", quantized=False)
 register("openvino-int8", f"{_PEERS}:OpenVinoInt8", "NNCF int8 in OpenVINO", quantized=False)
 
+# What reads RunSettings.provider and .session_options.
+IN_ONNX_RUNTIME = ("fp32", "qdq", "qdq-packed", "onnxruntime", "ort-dynamic")
+
 
 def registrations(names: Sequence[str]) -> list[Registration]:
     """The registrations of `names`, in order; `InputError` for an unknown or repeated name."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import write_json
+from .operator_times import OperatorTime
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Row:
     `images_per_s` is batch / median latency of one denoiser call; a sampler of n steps makes an
     n-th of it (half of that again under classifier-free guidance). Memory is the worker process's
     resident peak during the timed runs, its libraries and weights included; device memory is what
-    torch allocated on the accelerator.
+    torch allocated on the accelerator. `profile` is where a call's time goes by kind of operator;
+    None where it was not asked for, or the runtime does not tell.
     """
 
     target: str
@@ -51,6 +53,7 @@ class Row:
     first_run_ms: float | None = None
     peak_device_memory_bytes: int | None = None
     relative_difference_to_first: float | None = None
+    profile: list[OperatorTime] | None = None
 
     @property
     def images_per_s(self) -> float | None:
@@ -71,6 +74,7 @@ class Row:
             "first_run_ms": self.first_run_ms,
             "peak_device_memory_bytes": self.peak_device_memory_bytes,
             "relative_difference_to_first": self.relative_difference_to_first,
+            "profile": None if self.profile is None else [e.to_json() for e in self.profile],
         }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ...progress import Progress
+from .operator_times import OperatorTime
 from .registry import Registration
 from .results import Latency, Row
 from .subject import Subject
@@ -28,12 +29,16 @@ MOST_RUNS = 200
 
 @dataclass(frozen=True)
 class Schedule:
-    """At least `runs` rounds a batch size; more while `seconds` are not used up, at most 200."""
+    """At least `runs` rounds a batch size; more while `seconds` are not used up, at most 200.
+
+    `profile`: then let each target's runtime say where its time goes, in calls that are not timed.
+    """
 
     batches: tuple[int, ...]
     runs: int = 5
     seconds: float = 10.0
     warm_up: int = 2
+    profile: bool = False
 
     def goes_on(self, rounds: int, elapsed_s: float) -> bool:
         """Whether another round follows `rounds` finished ones of one batch size."""
@@ -128,6 +133,10 @@ def _measure_batch(
         if lane.worker is not None:
             _warm_up(lane, row, inputs, output, schedule.warm_up)
     _run_rounds(lanes, rows, schedule, progress)
+    if schedule.profile:
+        pairs = list(zip(lanes, rows, strict=True))
+        for lane, row in progress.track(pairs, f"Profiling, batch {batch}", len(pairs)):
+            _profile(lane, row)
     for row, output in zip(rows, outputs, strict=True):
         if output.exists() and outputs[0].exists():
             row.relative_difference_to_first = relative_difference(
@@ -194,6 +203,17 @@ def _turn(lane: Lane, row: Row, seconds: list[float]) -> None:
     seconds.append(answer["seconds"])
     row.peak_memory_bytes = answer["peak_memory_bytes"]
     row.peak_device_memory_bytes = answer["peak_device_memory_bytes"]
+
+
+def _profile(lane: Lane, row: Row) -> None:
+    if lane.worker is None:
+        return
+    try:
+        found = lane.worker.profile()
+    except TargetFailedError as error:
+        lane.fail(str(error))  # its timings stay: only the profile is missing
+        return
+    row.profile = None if found is None else [OperatorTime(**entry) for entry in found]
 
 
 def relative_difference(output: np.ndarray, reference: np.ndarray) -> float | None:

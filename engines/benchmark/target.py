@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 if TYPE_CHECKING:  # the worker of an ONNX target must not load torch: it would count as its memory
+    from .operator_times import OperatorTime
     from .subject import Subject
 
 Inputs = Mapping[str, np.ndarray]
@@ -17,10 +18,16 @@ Inputs = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What every worker is told: `device` 'cpu', 'cuda' or 'cuda:N', and CPU `threads`."""
+    """What every worker is told: `device` 'cpu', 'cuda' or 'cuda:N', and CPU `threads`.
+
+    `provider` and `session_options` are for what runs in ONNX Runtime: the execution provider in
+    place of the device's, and entries of its session configuration.
+    """
 
     device: str
     threads: int
+    provider: str | None = None
+    session_options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,14 @@ class Runner(Protocol):
 
     def device_memory(self) -> int | None:
         """Peak bytes allocated on the accelerator since the last `bind`; None on a CPU."""
+
+
+@runtime_checkable
+class Profiled(Protocol):
+    """A runner whose runtime says where a call's time goes."""
+
+    def profile(self) -> list[OperatorTime]:
+        """Some untimed calls on the bound inputs under the runtime's profiler, longest first."""
 
 
 class Target(Protocol):

@@ -4,7 +4,7 @@ Own process, so that peak memory is this target's alone, its thread pools distur
 crash costs only its row. Started as `python -m qdit.engines.benchmark.worker`.
 
 Requests: {"op": "load", "registration", "prepared", "settings"} · {"op": "bind", "inputs",
-"output", "warm_up"} · {"op": "run"}. Answers: {"ok": {…}} or {"error": "…"}.
+"output", "warm_up"} · {"op": "run"} · {"op": "profile"}. Answers: {"ok": {…}} or {"error": "…"}.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from ...errors import QditError
 from .memory import PeakMemory
 from .registry import Registration
-from .target import Prepared, Runner, RunSettings
+from .target import Prepared, Profiled, Runner, RunSettings
 
 # Runs faster than this are preceded by an untimed one: the other targets' turns have emptied the
 # caches, and a sampling loop calls the same target again and again.
@@ -72,6 +72,12 @@ class Worker:
             "peak_device_memory_bytes": runner.device_memory(),
         }
 
+    def profile(self, request: dict[str, Any]) -> dict[str, Any]:
+        runner = self._loaded()
+        if not isinstance(runner, Profiled):
+            return {"operators": None}
+        return {"operators": [entry.to_json() for entry in runner.profile()]}
+
     def _timed(self, runner: Runner) -> float:
         started = time.perf_counter()
         runner.run()
@@ -100,6 +106,7 @@ def serve() -> None:
         "load": worker.load,
         "bind": worker.bind,
         "run": worker.run,
+        "profile": worker.profile,
     }
     for line in sys.stdin:
         request = json.loads(line)

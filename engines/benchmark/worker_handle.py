@@ -82,6 +82,11 @@ class WorkerHandle:
         """One timed run; returns seconds and peak memory."""
         return self._ask("run")
 
+    def profile(self) -> list[dict[str, Any]] | None:
+        """Where a call's time goes (`OperatorTime` as JSON); None where the runtime is silent."""
+        found: list[dict[str, Any]] | None = self._ask("profile")["operators"]
+        return found
+
     def _read(self) -> None:
         stream = self._process.stdout
         if stream is not None:

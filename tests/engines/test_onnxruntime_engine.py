@@ -187,3 +187,30 @@ class TestRefusals:
         engine.close()
         with pytest.raises(InputError, match="is closed; open it again"):
             engine.infer(_inputs())
+
+
+def test_session_options_reach_onnx_runtime(tmp_path: Path) -> None:
+    path = _write(tmp_path / "model.onnx")
+    OnnxRuntimeEngine(path, session_options={"session.use_env_allocators": "0"})
+    with pytest.raises(
+        InputError, match=r"is called like session\.use_env_allocators, got 'threads'"
+    ):
+        OnnxRuntimeEngine(path, session_options={"threads": "2"})
+    with pytest.raises(InputError, match="refuses the session option"):
+        OnnxRuntimeEngine(path, session_options={"session." + "x" * 3000: "2"})
+
+
+def test_a_profile_is_written_where_one_was_asked_for(tmp_path: Path) -> None:
+    path = _write(tmp_path / "model.onnx")
+    engine = OnnxRuntimeEngine(path, profile_folder=tmp_path)
+    arrays = {
+        "hidden_states": np.zeros((1, 3, 4, 4), np.float32),
+        "timestep": np.zeros(1, np.int64),
+        "class_labels": np.zeros(1, np.int64),
+    }
+    engine.infer(arrays)
+    written = engine.end_profiling()
+    assert written.parent == tmp_path
+    assert '"op_name" : "Mul"' in written.read_text()
+    with pytest.raises(InputError, match="open it with profile_folder"):
+        OnnxRuntimeEngine(path).end_profiling()

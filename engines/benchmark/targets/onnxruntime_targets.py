@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ....errors import InputError
+from ...session_settings import providers_of
 from ..target import Inputs, Prepared, Runner, RunSettings
 
+_PROFILE_WARM_UP, _PROFILED_RUNS = 2, 5
+
 if TYPE_CHECKING:  # what only the parent needs must not count as the worker's memory
+    from ..operator_times import OperatorTime
     from ..subject import Subject
 
 
@@ -24,12 +28,15 @@ class OnnxRuntimeRunner:
         from ...onnxruntime_engine import OnnxRuntimeEngine
 
         self.device = settings.device
-        self._engine = OnnxRuntimeEngine(
+        self._open = partial(
+            OnnxRuntimeEngine,
             path,
-            providers=providers_for(settings.device),
+            providers=providers_of(settings.provider, settings.device),
+            session_options=settings.session_options,
             threads=settings.threads,
             fold_weights=fold_weights,
         )
+        self._engine = self._open()
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
 
@@ -38,6 +45,20 @@ class OnnxRuntimeRunner:
 
     def run(self) -> None:
         self._outputs = self._engine.infer(self._inputs)
+
+    def profile(self) -> list[OperatorTime]:
+        """In a session of its own, which profiling slows down; the other one is closed for it."""
+        from ..operator_times import from_onnxruntime
+
+        self._engine.close()
+        with TemporaryDirectory(prefix="qdit-profile-") as folder:
+            engine = self._open(profile_folder=Path(folder), self_test=False)
+            for _ in range(_PROFILE_WARM_UP + _PROFILED_RUNS):
+                engine.infer(self._inputs)
+            times = from_onnxruntime(engine.end_profiling(), _PROFILE_WARM_UP)
+            engine.close()
+        self._engine = self._open()
+        return times
 
     def output(self) -> np.ndarray:
         (output,) = self._outputs.values()
@@ -97,19 +118,6 @@ class OnnxRuntimeTarget:
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
         return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
-
-
-def providers_for(device: str) -> Sequence[str]:
-    """Execution providers for a device; `InputError` where this ONNX Runtime lacks the GPU's."""
-    if not device.startswith("cuda"):
-        return ["CPUExecutionProvider"]
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise InputError(
-            "this ONNX Runtime has no CUDA provider; install qdit[gpu] or use --device cpu"
-        )
-    return ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
 
 def onnx_bytes(path: Path) -> int:

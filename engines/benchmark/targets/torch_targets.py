@@ -14,6 +14,7 @@ from ....calibrate.checkpoint import QuantizedCheckpoint
 from ....calibrate.families.base import Family
 from ....calibrate.sources import load_model
 from ....errors import InputError
+from ..operator_times import OperatorTime, from_torch
 from ..target import Inputs, Prepared, Runner, RunSettings
 
 if TYPE_CHECKING:  # what only the parent needs must not count as the worker's memory
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # what only the parent needs must not count as the worker's m
     from ..subject import Subject
 
 Call = Callable[..., Tensor]
+_PROFILED_RUNS = 3
 
 
 class TorchRunner:
@@ -59,6 +61,16 @@ class TorchRunner:
         self._output = output.clone() if self._compiled and self._on_cuda else output
         if self._on_cuda:
             torch.cuda.synchronize(self.device)
+
+    def profile(self) -> list[OperatorTime]:
+        """Operators as torch's profiler names them; compiled ones by their kernels."""
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_cuda
+        with profile(activities=activities) as profiler:
+            for _ in range(_PROFILED_RUNS):
+                self.run()
+        return from_torch(profiler.key_averages(), _PROFILED_RUNS, on_gpu=self._on_cuda)
 
     def output(self) -> np.ndarray:
         output: np.ndarray = self._output.float().cpu().numpy()

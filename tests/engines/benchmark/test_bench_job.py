@@ -55,7 +55,7 @@ def json_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(json_file: Path) -> BenchmarkResults:
-    return bench(SMALL, SCHEME, TARGETS_RUN, blocks=1, json_file=json_file)
+    return bench(SMALL, SCHEME, TARGETS_RUN, blocks=1, json_file=json_file, profile=True)
 
 
 def test_every_target_runs_the_same_model(results: BenchmarkResults) -> None:
@@ -82,6 +82,18 @@ def test_json_and_plot_are_written(results: BenchmarkResults, json_file: Path) -
     assert written["settings"]["plan"]["bits"] == "w4a8"
     assert written["settings"]["threads"] == 1
     assert json_file.with_suffix(".svg").stat().st_size > 1000
+    assert json_file.with_suffix(".profile.svg").stat().st_size > 1000
+
+
+def test_profiles_name_the_operators_of_each_target(results: BenchmarkResults) -> None:
+    kinds = {
+        row.target: {entry.operator for entry in row.profile or []}
+        for row in results.rows
+        if row.batch == 1
+    }
+    assert "MatMulNBits" in kinds["onnxruntime"]
+    assert "MatMul" in kinds["fp32"]
+    assert any("addmm" in kind for kind in kinds["torch"])
 
 
 def test_file_bytes_are_those_of_the_weights(results: BenchmarkResults) -> None:
