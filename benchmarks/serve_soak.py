@@ -129,9 +129,9 @@ async def ask(
 ) -> str:
     """One request to its end: 'ok', 'left', a status, or 'lost: …'."""
     try:
-        async with asyncio.timeout(patience):
-            return await (streamed if body["stream"] else whole)(http, body, books)
-    except TimeoutError:
+        answered = (streamed if body["stream"] else whole)(http, body, books)
+        return await asyncio.wait_for(answered, patience)
+    except asyncio.TimeoutError:  # not TimeoutError before Python 3.11
         return "left"
     except httpx.ConnectError:
         return "no server"
