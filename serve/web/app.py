@@ -22,11 +22,13 @@ from .generations import Generations
 from .metrics import Metrics
 from .middleware import Around
 from .schema import (
+    EVENT_SCHEMA,
     ErrorResponse,
     HealthResponse,
     ImagesResponse,
     Model,
     ModelList,
+    event_components,
     model_of,
     request_model,
 )
@@ -109,7 +111,7 @@ def _add_api(app: FastAPI, parts: AppParts) -> None:
         responses={
             200: {
                 "model": ImagesResponse,
-                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "content": {"text/event-stream": {"schema": EVENT_SCHEMA}},
             },
             **_errors(400, 401, 404, 408, 413, 415, 429, 500, 503, 504),
         },
@@ -187,5 +189,6 @@ def _document(app: FastAPI) -> dict[str, Any]:
                 operation["responses"].pop("422", None)
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
+        document["components"]["schemas"] |= event_components()
         app.openapi_schema = document
     return app.openapi_schema

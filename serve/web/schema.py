@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic.json_schema import models_json_schema
 
 from ..backend import Generation
 from ..cards import ModelCard
@@ -159,6 +160,48 @@ class ImageEvent(BaseModel):
     class_name: str
 
 
+class ErrorDetail(BaseModel):
+    """OpenAI's error object."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Every answer of status 400 and above."""
+
+    error: ErrorDetail
+
+
+_EVENTS = (ProgressEvent, ImageEvent, ErrorResponse)
+_REFERENCE = "#/components/schemas/{model}"
+# One server-sent event as an object of its fields, which is how OpenAPI 3.2 describes them.
+EVENT_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {
+                "oneOf": [{"$ref": _REFERENCE.format(model=kind.__name__)} for kind in _EVENTS]
+            },
+        },
+    },
+}
+
+
+def event_components() -> dict[str, Any]:
+    """What `EVENT_SCHEMA` refers to, for the components of the OpenAPI document."""
+    wanted: list[Any] = [(kind, "serialization") for kind in _EVENTS]
+    _, made = models_json_schema(wanted, ref_template=_REFERENCE)
+    found: dict[str, Any] = made["$defs"]
+    return found
+
+
 class Model(BaseModel):
     """OpenAI's model object, and what a client may want to know before it asks for images."""
 
@@ -180,21 +223,6 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[Model]
-
-
-class ErrorDetail(BaseModel):
-    """OpenAI's error object."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorResponse(BaseModel):
-    """Every answer of status 400 and above."""
-
-    error: ErrorDetail
 
 
 class HealthResponse(BaseModel):

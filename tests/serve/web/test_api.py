@@ -271,6 +271,24 @@ class TestTheDocument:
         check("ModelList", client.get("/v1/models").json())
         check("HealthResponse", client.get("/health").json())
 
+    def test_events_fit_it(self, client: httpx.Client) -> None:
+        import jsonschema_rs
+
+        document = client.get("/openapi.json").json()
+        content = document["paths"][URL]["post"]["responses"]["200"]["content"]
+        event_schema = content["text/event-stream"]["schema"]
+        data_schema = event_schema["properties"]["data"]["contentSchema"]
+        components = {"components": document["components"]}
+        text = post(client, stream=True, partial_images=1, n=2).text
+        blocks = [dict(line.split(": ", 1) for line in b.splitlines()) for b in text.split("\n\n")]
+        events = [block for block in blocks if "data" in block]
+        assert len(events) >= 5
+        for event in events:
+            jsonschema_rs.Draft202012Validator(event_schema | components).validate(event)
+            jsonschema_rs.Draft202012Validator(data_schema | components).validate(
+                json.loads(event["data"])
+            )
+
 
 def test_every_answer_has_an_id_and_the_security_headers(client: httpx.Client) -> None:
     ids = set()
