@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from ..calibrate.model import DiffusionModel
@@ -56,11 +57,13 @@ def _target_lines(options: ExportOptions, model: DiffusionModel) -> list[str]:
     if not options.target or options.search_method != "none":
         return []
     choice = choose(options, options.plan_for(model), model.linears)
-    why = no_engine_reason(choice.features)
-    engines = f"no engine: {why}" if why else "engines are built"
-    version = choice.features.version
     names = ", ".join(choice.targets) or "none beside model.onnx"
-    return [f"targets: {names}, for TensorRT {version}; {engines}", *choice.notes]
+    lines = [f"targets: {names}", *choice.notes]
+    if any(name.startswith("tensorrt") for name in choice.targets):
+        why = no_engine_reason(choice.features)
+        engines = f"no engine: {why}" if why else "engines are built"
+        lines.append(f"files are for TensorRT {choice.features.version}; {engines}")
+    return [escape(line) for line in lines]  # reasons hold brackets, which are no markup
 
 
 def _plan_table(model: DiffusionModel, plan: QuantizationPlan) -> Table:

@@ -42,19 +42,27 @@ class Gpu:
 def gpu(index: int) -> Gpu:
     """The CUDA device `index`. Raises `InputError` below compute capability 8.0."""
     facts: Any = torch.cuda.get_device_properties(index)
-    if facts.major < 8:
-        raise InputError(
-            f"the kernels need compute capability 8.0 or newer, {facts.name} has "
-            f"{facts.major}.{facts.minor}; use another GPU or --device cpu"
-        )
-    suffix = "a" if (facts.major, facts.minor) == (9, 0) else ""
-    return Gpu(
+    return make_gpu(
         index,
         facts.name,
-        f"sm_{facts.major}{facts.minor}{suffix}",
+        (facts.major, facts.minor),
         facts.multi_processor_count,
         facts.shared_memory_per_block_optin,
     )
+
+
+def make_gpu(
+    index: int, name: str, capability: tuple[int, int], multiprocessors: int, shared_bytes: int
+) -> Gpu:
+    """A device by its facts. Raises `InputError` below compute capability 8.0."""
+    major, minor = capability
+    if major < 8:
+        raise InputError(
+            f"the kernels need compute capability 8.0 or newer, {name} has {major}.{minor}; use "
+            "another GPU or --device cpu"
+        )
+    suffix = "a" if capability == (9, 0) else ""
+    return Gpu(index, name, f"sm_{major}{minor}{suffix}", multiprocessors, shared_bytes)
 
 
 def gpu_of(tensor: Tensor) -> Gpu:

@@ -19,8 +19,9 @@ from typing import Any, Union
 from ....errors import InputError, StepError
 from ....export.tensorrt.plugin_nodes import KIND, NAMESPACE
 from ...kernels.compile import compile_kernel
-from ...kernels.driver import Gpu, gpu
+from ...kernels.driver import Gpu, make_gpu
 from ...kernels.sources import headers, source
+from ..cuda import checked, cuda_runtime
 from ..library import tensorrt_module
 from .launch import Launch
 from .plugins import Plugin, all_plugins
@@ -35,7 +36,7 @@ def register_plugins() -> str:
 
     Raises `InputError` for a TensorRT without ahead-of-time plugins.
     """
-    register_for(gpu(0), driver_isa())
+    register_for(current_gpu(), driver_isa())
     return plugins_digest()
 
 
@@ -68,6 +69,21 @@ def plugin_module() -> Any:
         version = tensorrt_module().__version__
         raise InputError(f"ahead-of-time plugins need TensorRT 10.9 or newer, got {version}")
     return trtp
+
+
+def current_gpu() -> Gpu:
+    """The GPU that engines are built on, by CUDA itself: torch may be one without CUDA here."""
+    runtime = cuda_runtime()
+    index = int(checked(runtime, runtime.cudaGetDevice()))
+    facts = checked(runtime, runtime.cudaGetDeviceProperties(index))
+    name = facts.name.decode().rstrip("\0") if isinstance(facts.name, bytes) else str(facts.name)
+    return make_gpu(
+        index,
+        name,
+        (int(facts.major), int(facts.minor)),
+        int(facts.multiProcessorCount),
+        int(facts.sharedMemPerBlockOptin),
+    )
 
 
 def driver_isa() -> Isa:

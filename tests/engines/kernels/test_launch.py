@@ -224,7 +224,13 @@ def test_what_a_gpu_is_compiled_for(
 
 
 def test_a_gpu_that_is_too_old_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = SimpleNamespace(major=7, minor=5, name="NVIDIA T4")
+    facts = SimpleNamespace(
+        major=7,
+        minor=5,
+        name="NVIDIA T4",
+        multi_processor_count=40,
+        shared_memory_per_block_optin=65536,
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: facts)
     driver.gpu.cache_clear()
     with pytest.raises(InputError, match=r"8.0 or newer, NVIDIA T4 has 7.5"):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -322,3 +323,22 @@ def test_the_digest_follows_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     assert before == plugins_digest()
     monkeypatch.setattr(register, "headers", lambda: {"ptx.cuh": "// changed"})
     assert plugins_digest() != before
+
+
+def test_the_gpu_is_what_cuda_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the members of CUDA's own property structure, whatever torch was built for."""
+    from cuda.bindings import runtime as real
+
+    facts = real.cudaDeviceProp()
+    facts.name, facts.major, facts.minor = b"NVIDIA H200".ljust(256, b"\0"), 9, 0
+    facts.multiProcessorCount, facts.sharedMemPerBlockOptin = 132, 227 << 10
+    fake = SimpleNamespace(
+        cudaError_t=real.cudaError_t,
+        cudaGetDevice=lambda: (real.cudaError_t.cudaSuccess, 0),
+        cudaGetDeviceProperties=lambda _index: (real.cudaError_t.cudaSuccess, facts),
+    )
+    monkeypatch.setattr(register, "cuda_runtime", lambda: fake)
+    assert register.current_gpu() == Gpu(0, "NVIDIA H200", "sm_90a", 132, 227 << 10)
+    facts.major = 7
+    with pytest.raises(InputError, match=r"8\.0 or newer, NVIDIA H200 has 7\.0"):
+        register.current_gpu()
