@@ -17,6 +17,7 @@ from .ledger import layers_of
 from .library import tensorrt_module
 from .log import ErrorLog, make_logger
 from .manifest import EngineManifest, manifest_path
+from .tensors import BATCH, check_tensor, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 _WARM_UP = 3
 _MOST_BATCHES = 4  # whose contexts are kept: each holds TensorRT's scratch memory
-_BATCH = "batch"
 
 
 @dataclass
@@ -80,7 +80,7 @@ class TensorRtEngine:
         ]
         mode = self._trt.TensorIOMode.INPUT
         given = [name for name in self._names if self._engine.get_tensor_mode(name) == mode]
-        self._native = {name: _numpy_dtype(self._trt, self._engine, name) for name in self._names}
+        self._native = {name: numpy_dtype(self._trt, self._engine, name) for name in self._names}
         self._inputs = tuple(self._spec(name, is_input=True) for name in given)
         self._outputs = tuple(
             self._spec(name, is_input=False) for name in self._names if name not in given
@@ -167,7 +167,7 @@ class TensorRtEngine:
         if not self._uses_graphs:
             self._batch = None  # one context serves both: what was bound is not there any more
         for spec in self._inputs:
-            _check_tensor(spec, inputs, self._native[spec.name])
+            check_tensor(spec, inputs, self._native[spec.name])
         self._checked_batch(next(iter(inputs.values())).shape[0])
         for name, tensor in inputs.items():
             _set_shape(self._context, name, tuple(tensor.shape))
@@ -176,7 +176,7 @@ class TensorRtEngine:
         made = {
             spec.name: torch.empty(
                 tuple(self._context.get_tensor_shape(spec.name)),
-                dtype=_torch_dtype(self._native[spec.name]),
+                dtype=torch_dtype(self._native[spec.name]),
                 device=device,
             )
             for spec in self._outputs
@@ -204,7 +204,7 @@ class TensorRtEngine:
 
         def call(x: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
             given = {
-                name: tensor.to("cuda", _torch_dtype(self._native[name])).contiguous()
+                name: tensor.to("cuda", torch_dtype(self._native[name])).contiguous()
                 for name, tensor in zip(names, (x, timestep, label), strict=True)
             }
             output = self.run_torch(given)[family.output_name]
@@ -263,7 +263,7 @@ class TensorRtEngine:
         if is_input and dtype == np.int32:
             dtype = np.dtype(np.int64)
         shape = tuple(
-            _BATCH if size < 0 else int(size) for size in self._engine.get_tensor_shape(name)
+            BATCH if size < 0 else int(size) for size in self._engine.get_tensor_shape(name)
         )
         return TensorSpec(name, dtype, shape)
 
@@ -344,39 +344,3 @@ def _has_host_code(path: Path) -> bool:
 def _set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:
     if not context.set_input_shape(name, shape):
         raise InputError(f"the engine does not take {name} of shape {list(shape)}")
-
-
-def _numpy_dtype(trt: Any, engine: Any, name: str) -> np.dtype[Any]:
-    kind = engine.get_tensor_dtype(name)
-    dtypes = {
-        "FLOAT": np.float32,
-        "HALF": np.float16,
-        "INT32": np.int32,
-        "INT64": np.int64,
-        "INT8": np.int8,
-        "BOOL": np.bool_,
-        "UINT8": np.uint8,
-    }
-    if kind.name not in dtypes:
-        raise ArtifactError(f"{name} is {kind.name}, which NumPy has no dtype for")
-    return np.dtype(dtypes[kind.name])
-
-
-def _torch_dtype(dtype: np.dtype[Any]) -> Any:
-    import torch
-
-    return getattr(torch, dtype.name.removesuffix("_"))
-
-
-def _check_tensor(spec: TensorSpec, inputs: dict[str, Tensor], dtype: np.dtype[Any]) -> None:
-    if spec.name not in inputs:
-        raise InputError(f"the input {spec.name} is missing, got {', '.join(inputs)}")
-    tensor = inputs[spec.name]
-    if tensor.dtype != _torch_dtype(dtype) or not tensor.is_cuda or not tensor.is_contiguous():
-        raise InputError(
-            f"input {spec.name} must be a contiguous CUDA tensor of {dtype}, got {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-    wanted = [size for size in spec.shape if size != _BATCH]
-    if tensor.dim() != len(spec.shape) or list(tensor.shape[1:]) != wanted:
-        raise InputError(f"input {spec.name} must be {list(spec.shape)}, got {list(tensor.shape)}")

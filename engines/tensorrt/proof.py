@@ -11,12 +11,13 @@ from ...export.capabilities import TARGETS
 from ...progress import Progress
 from ..parity_internals import ExposedValues
 from ..proof_engine import OnnxRuntimeProof, ProofEngine
+from ..targets.options import BEST
 from .chunks import ChunkedEngine
 from .library import installed_features
 from .manifest import EngineManifest
 from .settings import BuildSettings
 from .store import StoredEngine, engine_path, manifest_path, stored_engine
-from .target import BEST, FOLDER, plugins_of
+from .target import FOLDER, plugins_of
 
 
 class TensorRtProof:

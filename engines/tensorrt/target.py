@@ -27,7 +27,6 @@ from .settings import BuildSettings
 from .store import StoredEngine, engine_path, stored_engine
 
 FOLDER = "tensorrt"  # of an exported folder
-BEST = "tensorrt"  # stands for the target that is nearest to the plan
 _MOST_VIOLATIONS = 3  # of the error message
 
 
