@@ -40,7 +40,7 @@ def torch_dtype(dtype: np.dtype[Any]) -> Any:
 
 
 def check_tensor(spec: TensorSpec, inputs: dict[str, Tensor], dtype: np.dtype[Any]) -> None:
-    """Raise `InputError` unless the tensor of `spec` is there: contiguous, on CUDA, of its shape."""
+    """Raise `InputError` unless the tensor of `spec` is there, contiguous, on CUDA and fitting."""
     if spec.name not in inputs:
         raise InputError(f"the input {spec.name} is missing, got {', '.join(inputs)}")
     tensor = inputs[spec.name]
