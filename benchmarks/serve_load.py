@@ -123,7 +123,7 @@ def engine_alone(options: argparse.Namespace) -> None:
     import torch
 
     from qdit.calibrate.sampling import initial_noise
-    from qdit.engines.at_hand import EngineSettings
+    from qdit.engines.kinds.kind import EngineSettings
     from qdit.serve.served_model import load_served
 
     settings = EngineSettings(options.device, options.threads)

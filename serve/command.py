@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
 
 from ..calibrate.diffusers_logs import silence_schedulers
-from ..engines.at_hand import EngineSettings
 from ..errors import InputError
 from ..progress import Progress
-from .served_model import ServedModel, load_full_precision, load_served
+from .served_model import load_models
 from .settings import ServeSettings
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -57,18 +55,6 @@ def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logg
 
         asyncio.run(run())
     progress.say("stopped")
-
-
-def load_models(settings: ServeSettings, say: Callable[[str], None]) -> Sequence[ServedModel]:
-    """The quantized model, and full precision after it where that is asked for."""
-    engine_settings = EngineSettings(settings.device, settings.threads)
-    served = load_served(settings.folder, settings.engine, engine_settings, settings.vae, say)
-    say(f"{served.card.id}: {served.card.precision} on engine {served.card.engine}")
-    if not settings.full_precision:
-        return [served]
-    full = load_full_precision(served, settings.folder, settings.device)
-    say(f"{full.card.id}: full precision on {full.card.engine}")
-    return [served, full]
 
 
 def require_web() -> None:

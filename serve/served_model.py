@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from ..calibrate.sampling import SampledModel
 from ..calibrate.schedulers import make_scheduler
 from ..calibrate.sources import load_model
 from ..calibrate.sources.vae import load_vae, vae_of_source
-from ..engines.at_hand import EngineSettings, open_engine
+from ..engines.at_hand import open_engine
 from ..engines.devices import resolve_device
+from ..engines.kinds.kind import EngineSettings
 from ..errors import InputError
 from .artifacts import check_onnx
 from .cards import ModelCard
 from .live_engine import LiveEngine, Opened
+from .settings import ServeSettings
 
 FULL_PRECISION = "full-precision"
 _ONNX_FILES = (
@@ -46,6 +48,18 @@ class ServedModel:
     batch_sizes: tuple[int, ...]
     vae: nn.Module | None
     largest_batch: int | None = None
+
+
+def load_models(settings: ServeSettings, say: Callable[[str], None]) -> Sequence[ServedModel]:
+    """The quantized model, and full precision after it where that is asked for."""
+    engine_settings = EngineSettings(settings.device, settings.threads)
+    served = load_served(settings.folder, settings.engine, engine_settings, settings.vae, say)
+    say(f"{served.card.id}: {served.card.precision} on engine {served.card.engine}")
+    if not settings.full_precision:
+        return [served]
+    full = load_full_precision(served, settings.folder, settings.device)
+    say(f"{full.card.id}: full precision on {full.card.engine}")
+    return [served, full]
 
 
 def load_served(

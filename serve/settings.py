@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..engines.at_hand import AUTO
+from ..engines.kinds.kind import AUTO
 from ..errors import InputError
 from .batching.policies import POLICY_NAMES
 

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
-from ...errors import InputError
 from ..model import DiffusionModel, ModelSource
 from . import diffusers_folder
-from .weight_files import WEIGHTS_STEM
-from .weights_only import first_line
-
-_CONFIGS = ["model_index.json", "*/config.json", "scheduler/*.json", "*/*.index.json"]
-_COMPONENTS = ("transformer", "vae")
+from .hub_files import fetch
 
 
 def load(model_id: str, *, device: torch.device | str, blocks: int | None) -> DiffusionModel:
@@ -23,38 +17,3 @@ def load(model_id: str, *, device: torch.device | str, blocks: int | None) -> Di
     model = diffusers_folder.load(folder, device=device, blocks=blocks)
     source = ModelSource("diffusers", model_id, model.source.sha256)
     return replace(model, name=model_id, source=source)
-
-
-def fetch(model_id: str) -> Path:
-    """The snapshot folder in the local cache; safetensors are preferred to pickles."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        for suffix in (".safetensors", ".bin"):
-            folder = Path(snapshot_download(model_id, allow_patterns=_patterns(suffix)))
-            if _has_all_weights(folder):
-                return folder
-    except Exception as error:  # no network, no such repository, no access: each has its own class
-        raise InputError(
-            f"cannot fetch {model_id} from the Hub: {first_line(error)} "
-            f"(a folder downloaded elsewhere works too: give its path)"
-        ) from error
-    raise InputError(f"{model_id} has no diffusers transformer/ with weights; see its Hub page")
-
-
-def _patterns(suffix: str) -> list[str]:
-    """What to fetch: configs, and full-precision weights in one file or in shards."""
-    weights = [
-        f"{component}/{WEIGHTS_STEM}{part}{suffix}"
-        for component in _COMPONENTS
-        for part in ("", "-*-of-*")
-    ]
-    return [*_CONFIGS, *weights]
-
-
-def _has_all_weights(folder: Path) -> bool:
-    present = [folder / name for name in _COMPONENTS if (folder / name / "config.json").is_file()]
-    return bool(present) and all(
-        any(part.glob(f"{WEIGHTS_STEM}*.safetensors")) or any(part.glob(f"{WEIGHTS_STEM}*.bin"))
-        for part in present
-    )

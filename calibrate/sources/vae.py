@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import InputError
 from ..model import ModelSource
+from .hub_files import fetch
 from .weight_files import read_json
 from .weights_only import first_line
 
@@ -44,8 +45,6 @@ def vae_of_source(source: ModelSource, device: torch.device | str) -> nn.Module 
         return load_vae(folder / "vae", device)
     if path.is_file():
         return load_vae(path.parent / "vae", device)
-    from . import hub
-
     if not path.is_absolute():
-        return load_vae(hub.fetch(source.location) / "vae", device)
+        return load_vae(fetch(source.location) / "vae", device)
     return None

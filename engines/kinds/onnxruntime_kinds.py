@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import InputError
-from ..at_hand import AUTO, EngineKind, EngineSettings, SamplingEngine
+from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
 
 _CUDA = "CUDAExecutionProvider"
 

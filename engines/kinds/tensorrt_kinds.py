@@ -8,8 +8,8 @@ from typing import Any
 
 from ...errors import ArtifactError, InputError, StepError
 from ...files import sha256_of_file
-from ..at_hand import AUTO, EngineKind, EngineSettings, SamplingEngine
 from ..tensorrt.store import checked_engine, engine_path
+from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
 
 FOLDER = "tensorrt"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...calibrate.checkpoint import QuantizedCheckpoint
-from ..at_hand import AUTO, EngineKind, EngineSettings, SamplingEngine
+from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
 
 
 def _obstacle(folder: Path, settings: EngineSettings) -> str | None:

@@ -14,6 +14,7 @@ from ..batching.worker import State
 from ..cards import ModelCard
 from ..errors import ServeError
 from ..local_backend import LocalBackend
+from ..served_model import load_models
 from ..settings import ServeSettings
 from .observer import RayObserver
 
@@ -33,8 +34,6 @@ class Replica:
     """`LocalBackend` as a Ray Serve deployment. The folder must be readable on this node."""
 
     def __init__(self, settings: ServeSettings) -> None:
-        from ..command import load_models
-
         silence_schedulers()
         models = load_models(settings, log.info)
         observers = {model.card.id: RayObserver(model.card.id) for model in models}

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from qdit.engines.at_hand import EngineSettings
+from qdit.engines.kinds.kind import EngineSettings
 from qdit.errors import ArtifactError, InputError
 from qdit.serve.served_model import load_served
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.sampling import SamplingSettings, sample_images
 from qdit.calibrate.sources import load_model
-from qdit.engines.at_hand import EngineSettings, engine_names, open_engine
+from qdit.engines.at_hand import engine_names, open_engine
+from qdit.engines.kinds.kind import EngineSettings
 from qdit.errors import InputError
 from qdit.export.onnxruntime.files import export_onnxruntime
 from qdit.serve.backend import Generation, ImageUpdate

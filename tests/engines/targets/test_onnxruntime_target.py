@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.plan import LinearSpec, uniform_plan
 from qdit.calibrate.schemes import LayerScheme
-from qdit.engines.at_hand import EngineSettings, open_engine
+from qdit.engines.at_hand import open_engine
+from qdit.engines.kinds.kind import EngineSettings
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.options import ValidateOptions, build_options
 from qdit.engines.report.schema import read_report

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qdit.engines.at_hand import EngineSettings, open_engine
+from qdit.engines.at_hand import open_engine
 from qdit.engines.kinds import tensorrt_kinds
+from qdit.engines.kinds.kind import EngineSettings
 from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
 from qdit.engines.tensorrt.store import manifest_path, stored_engine
 from qdit.errors import ArtifactError, InputError

@@ -111,7 +111,7 @@ def post(cluster: Cluster, timeout: float = PATIENCE, **body: Any) -> httpx.Resp
 @pytest.mark.slow
 class TestCluster:
     def test_images_are_those_of_one_process(self, cluster: Cluster, exported: Path) -> None:
-        from qdit.engines.at_hand import EngineSettings
+        from qdit.engines.kinds.kind import EngineSettings
         from qdit.serve.local_backend import LocalBackend
         from qdit.serve.served_model import load_served
         from qdit.serve.web.metrics import Metrics
