@@ -28,7 +28,12 @@ _FOUR_BITS, _BYTE = 4, 8
 
 
 def emit_nbits_weight(
-    emit: Emitter, contents: LinearContents, block: int, *, turned: bool
+    emit: Emitter,
+    contents: LinearContents,
+    block: int,
+    *,
+    turned: bool,
+    blocks: range | None = None,
 ) -> tuple[list[ir.Value | None], dict[str, Any]]:
     """MatMulNBits' inputs after the activations, and its attributes but for the accuracy level.
 
@@ -41,30 +46,35 @@ def emit_nbits_weight(
     4. `block` smaller than the weight group: scales and zero points are repeated.
     5. Integer scales: the groups' factors s·m.
     6. `turned`: blocks of `block_signs` -1 are turned around, for activations that are too.
+    7. `blocks`: those alone, as the weight of a narrower product; all of them by default.
     """
     spec, scheme = contents.spec, contents.scheme
     n, k = spec.out_features, spec.in_features
     bits = _FOUR_BITS if scheme.weight_bits <= _FOUR_BITS else _BYTE
     repeats = scheme.weight_group_size(k) // block
-    name, blocks = f"{spec.name}.weight", k // block
+    every = range(k // block)
+    part = every if blocks is None else blocks
+    name = f"{spec.name}.weight" + ("" if part == every else f"_from_{part.start * block}")
     load = contents.quantized
-    width = -(-blocks * bits // 8)
+    width = -(-len(part) * bits // 8)
     inputs: list[ir.Value | None] = [
         emit.initializer(
             name,
             UINT8,
-            [n, blocks, block * bits // 8],
-            partial(_values, load, bits, block, turned),
+            [n, len(part), block * bits // 8],
+            partial(_values, load, bits, block, turned, part),
         ),
-        emit.initializer(f"{name}_scale", FLOAT, [n, blocks], partial(_scale, load, repeats)),
+        emit.initializer(
+            f"{name}_scale", FLOAT, [n, len(part)], partial(_scale, load, repeats, part)
+        ),
         emit.initializer(
             f"{name}_zero_point",
             UINT8,
             [n, width],
-            partial(_zero_point, load, bits, repeats, turned),
+            partial(_zero_point, load, bits, repeats, turned, part),
         ),
     ]
-    return inputs, {"K": k, "N": n, "bits": bits, "block_size": block}
+    return inputs, {"K": len(part) * block, "N": n, "bits": bits, "block_size": block}
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -80,7 +90,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def _values(
-    load: Callable[[], QuantizedWeight], bits: int, block: int, turned: bool
+    load: Callable[[], QuantizedWeight], bits: int, block: int, turned: bool, part: range
 ) -> ir.TensorProtocol:
     weight = load()
     n, k = weight.values.shape
@@ -90,7 +100,8 @@ def _values(
     blocks = values.reshape(n, k // block, block)
     if turned:
         blocks = _turned(blocks, weight.bits, dim=1)
-    return ir.tensor(pack(blocks, bits).contiguous().numpy(), UINT8)
+    kept = blocks[:, part.start : part.stop]
+    return ir.tensor(pack(kept, bits).contiguous().numpy(), UINT8)
 
 
 def _midpoint(weight: QuantizedWeight) -> int:
@@ -104,13 +115,13 @@ def _turned(values: Tensor, bits: int, dim: int) -> Tensor:
     return torch.where(signs.reshape(shape) < 0, (1 << bits) - 1 - values, values)
 
 
-def _scale(load: Callable[[], QuantizedWeight], repeats: int) -> ir.TensorProtocol:
-    scale = load().scale.repeat_interleave(repeats, 1)
+def _scale(load: Callable[[], QuantizedWeight], repeats: int, part: range) -> ir.TensorProtocol:
+    scale = load().scale.repeat_interleave(repeats, 1)[:, part.start : part.stop]
     return ir.tensor(np.ascontiguousarray(scale.numpy(), np.float32), FLOAT)
 
 
 def _zero_point(
-    load: Callable[[], QuantizedWeight], bits: int, repeats: int, turned: bool
+    load: Callable[[], QuantizedWeight], bits: int, repeats: int, turned: bool, part: range
 ) -> ir.TensorProtocol:
     weight = load()
     zero_point = weight.zero_point
@@ -119,4 +130,5 @@ def _zero_point(
     blocks = zero_point.repeat_interleave(repeats, 1)
     if turned:
         blocks = _turned(blocks, weight.bits, dim=1)
-    return ir.tensor(pack(blocks, bits).contiguous().numpy(), UINT8)
+    kept = blocks[:, part.start : part.stop]
+    return ir.tensor(pack(kept, bits).contiguous().numpy(), UINT8)

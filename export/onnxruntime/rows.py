@@ -109,3 +109,10 @@ def emit_restored_groups(emit: Emitter, x: ir.Value, size: int, prefix: str) -> 
     turned = emit_turned(emit, scale, prefix)
     restored = emit.node("Mul", [whole, turned], f"{prefix}/restored", FLOAT, shape)
     return emit_flat(emit, restored, f"{prefix}/dequantized")
+
+
+def emit_columns(emit: Emitter, x: ir.Value, start: int, stop: int, name: str) -> ir.Value:
+    """x[..., start:stop]."""
+    bounds = [emit.constant([number], INT64) for number in (start, stop, -1)]
+    shape = [*dims(x)[:-1], stop - start]
+    return emit.node("Slice", [x, *bounds], name, FLOAT, shape)
