@@ -166,7 +166,7 @@ def _write_file(
     numbers: dict[str, Any] = facts["numbers"]
     error = numbers["file_vs_simulation"]
     job.progress.say(
-        f"{path.name}: {error:.2g} from the simulation on {numbers['compared_inputs']} inputs"
+        f"{target}: {error:.2g} from the simulation on {numbers['compared_inputs']} inputs"
     )
     return numbers
 
