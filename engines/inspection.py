@@ -19,11 +19,11 @@ from ..errors import ArtifactError, InputError
 from ..export.capabilities import TARGETS, check
 from ..export.opsets import LINEARS_KEY
 from ..export.tensorrt.rules import Violation, check_file
+from ..export.write import external_files
 from ..files import canonical_json
 from .tensorrt.ledger import Ledger
 from .tensorrt.manifest import EngineManifest
-from .tensorrt.store import checked_engine, ledger_path, manifest_path
-from .tensorrt.target import FOLDER
+from .tensorrt.store import FOLDER, checked_engine, ledger_path, manifest_path
 
 _MEGA = 1e6
 
@@ -167,7 +167,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         "nodes": ", ".join(f"{count} {kind}" for kind, count in common),
     }
     files = {path.name: path.stat().st_size}
-    for data in sorted(_external_files(model)):
+    for data in sorted(external_files(model)):
         external = path.parent / data
         files[data] = external.stat().st_size if external.is_file() else 0
     return Inspection(str(path), model.graph.name, facts, rows, (), files)
@@ -190,15 +190,6 @@ def _rows_of(metadata: dict[str, str], path: Path) -> tuple[LinearRow, ...]:
         )
     except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
         raise ArtifactError(f"{path} has a damaged qdit.linears record: {error}") from error
-
-
-def _external_files(model: onnx.ModelProto) -> set[str]:
-    return {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
 
 
 def _value_text(value: onnx.ValueInfoProto) -> str:

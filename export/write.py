@@ -130,3 +130,13 @@ def _install(folder: Path, path: Path, external: bool) -> None:
     if external:
         (folder / data.name).replace(data)
     (folder / path.name).replace(path)
+
+
+def external_files(model: onnx.ModelProto) -> set[str]:
+    """The names of the files beside a model that hold its initializers."""
+    return {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }

@@ -6,12 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import ArtifactError, InputError, StepError
+from ...errors import ArtifactError, InputError
 from ...files import sha256_of_file
-from ..tensorrt.store import checked_engine, engine_path
+from ..tensorrt.store import FOLDER, checked_engine, engine_path
 from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
-
-FOLDER = "tensorrt"
 
 
 def _obstacle(target: str, folder: Path, settings: EngineSettings) -> str | None:
@@ -40,10 +38,7 @@ def _open(target: str, folder: Path, settings: EngineSettings) -> SamplingEngine
 
     source = folder / FOLDER / f"{target}.onnx"
     path = engine_path(source)
-    try:
-        manifest = checked_engine(path)
-    except StepError as error:
-        raise ArtifactError(str(error)) from error
+    manifest = checked_engine(path)
     for name, recorded in {path.name: manifest.engine_sha256, **manifest.sources}.items():
         file = source.with_name(name)
         if not file.is_file() or sha256_of_file(file) != recorded:

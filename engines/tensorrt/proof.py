@@ -16,8 +16,8 @@ from .chunks import ChunkedEngine
 from .library import installed_features
 from .manifest import EngineManifest
 from .settings import BuildSettings
-from .store import StoredEngine, engine_path, manifest_path, stored_engine
-from .target import FOLDER, plugins_of
+from .store import FOLDER, StoredEngine, engine_path, manifest_path, stored_engine
+from .target import plugins_of
 
 
 class TensorRtProof:

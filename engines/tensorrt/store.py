@@ -25,6 +25,7 @@ from .linears import linears_of
 from .manifest import EngineManifest, manifest_path
 from .settings import BuildSettings
 
+FOLDER = "tensorrt"  # of an exported folder
 TIMING_CACHE = "timing.cache"
 
 

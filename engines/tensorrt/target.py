@@ -24,9 +24,8 @@ from .library import installed_version, why_no_engine
 from .linears import linears_of
 from .plugin.packing import Packing
 from .settings import BuildSettings
-from .store import StoredEngine, engine_path, stored_engine
+from .store import FOLDER, StoredEngine, engine_path, stored_engine
 
-FOLDER = "tensorrt"  # of an exported folder
 _MOST_VIOLATIONS = 3  # of the error message
 
 

@@ -20,8 +20,9 @@ import onnx
 from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...engines.engine import TensorSpec
 from ...engines.tensorrt.manifest import EngineManifest
-from ...engines.tensorrt.store import engine_path, manifest_path
+from ...engines.tensorrt.store import FOLDER, engine_path, manifest_path
 from ...errors import ArtifactError, InputError
+from ...export.write import external_files
 from ...files import sha256_of_file, write_text
 from ..artifacts import check_onnx
 from .config import DEFAULT_MAX_BATCH, Device, TritonModel
@@ -43,9 +44,11 @@ class Source:
     @property
     def files(self) -> dict[str, Path]:
         """What belongs into the version's folder, by name there: external data keeps its own."""
-        return {self.model.file_name: self.path} | {
-            name: self.path.with_name(name) for name in _external_files(self.path)
-        }
+        files = {self.model.file_name: self.path}
+        if self.path.suffix == ".onnx":
+            model = onnx.load(self.path, load_external_data=False)
+            files |= {name: self.path.with_name(name) for name in external_files(model)}
+        return files
 
 
 def triton_source(
@@ -153,23 +156,11 @@ def _check_engine(engine: Path, manifest: EngineManifest) -> None:
 def _built_engine(folder: Path, targets: Sequence[str]) -> tuple[Path, EngineManifest] | None:
     """The first finished engine: the path of its ONNX file, and its manifest."""
     for target in targets:
-        path = folder / "tensorrt" / f"{target}.onnx"
+        path = folder / FOLDER / f"{target}.onnx"
         manifest = EngineManifest.read(manifest_path(engine_path(path)))
         if manifest is not None and engine_path(path).is_file() and path.is_file():
             return path, manifest
     return None
-
-
-def _external_files(path: Path) -> set[str]:
-    if path.suffix != ".onnx":
-        return set()
-    graph = onnx.load(path, load_external_data=False).graph
-    return {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
 
 
 def _slug(text: str) -> str:

@@ -88,7 +88,7 @@ class _Quantized(_TensorRtTarget):
     def engine(self, subject: Subject, folder: Path) -> StoredEngine:
         from ....progress import Silent
         from ...tensorrt.proof import built_engine
-        from ...tensorrt.target import FOLDER
+        from ...tensorrt.store import FOLDER
 
         exported = subject.quantized_folder() / FOLDER / f"{self.target}.onnx"
         if exported.is_file():
