@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:  # an engine needs no torch: not its import time, and not its 
     from ..calibrate.families.base import Denoiser, Family
 
 Arrays = Mapping[str, np.ndarray]
+_Loaded = TypeVar("_Loaded", bound="LoadedEngine")
 
 # Engines by the names that files and flags have for them, as people read them.
 ENGINE_TITLES = {
@@ -51,6 +54,39 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model; `infer` may not be called afterwards."""
+
+
+class LoadedEngine(ABC):
+    """What engines have in common: their tensors, and that `with` closes them.
+
+    A subclass sets `_inputs` and `_outputs`, and has the rest of `Engine`.
+    """
+
+    _inputs: tuple[TensorSpec, ...]
+    _outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        return self._inputs
+
+    @property
+    def output_specs(self) -> tuple[TensorSpec, ...]:
+        return self._outputs
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model; it may not be run afterwards."""
+
+    def __enter__(self: _Loaded) -> _Loaded:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def check_inputs(specs: tuple[TensorSpec, ...], inputs: Arrays) -> None:

@@ -12,7 +12,7 @@ import onnxruntime
 
 from ..errors import ArtifactError, InputError, StepError
 from ..memory import release_memory
-from .engine import Arrays, TensorSpec, as_denoiser, check_inputs
+from .engine import Arrays, LoadedEngine, TensorSpec, as_denoiser, check_inputs
 from .self_test import SelfTestError, read_probe
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _NUMPY_DTYPES = {
 _ERRORS_ONLY = 3
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(LoadedEngine):
     """An ONNX file in an ONNX Runtime session.
 
     * `providers`: execution providers in order of preference, the CPU's by default. One that this
@@ -91,14 +91,6 @@ class OnnxRuntimeEngine:
         self._looks_inside = bool(extra_outputs)
         if self_test and not extra_outputs:
             self._test()
-
-    @property
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import ArtifactError, InputError, StepError
-from ..engine import Arrays, TensorSpec, check_inputs
+from ..engine import Arrays, LoadedEngine, TensorSpec, check_inputs
 from ..engine import as_denoiser as denoiser_by_arrays
 from .cuda import DeviceBuffer, Graph, checked, cuda_runtime
 from .ledger import layers_of
@@ -42,7 +41,7 @@ class _Slot:
             self.graph = None
 
 
-class TensorRtEngine:
+class TensorRtEngine(LoadedEngine):
     """A serialized engine on the current GPU.
 
     Names, dtypes and shapes are those of the ONNX file. Where TensorRT made INT32 of an INT64 input
@@ -90,14 +89,6 @@ class TensorRtEngine:
         self._uses_graphs = graphs
         self._batch: int | None = None  # of the bound inputs
         self._made: dict[str, np.ndarray] = {}
-
-    @property
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
 
     @property
     def batch_profile(self) -> tuple[int, int, int]:
@@ -240,17 +231,6 @@ class TensorRtEngine:
         checked(self._runtime, self._runtime.cudaStreamDestroy(self._stream))
         self._slots = {}
         self._context = self._engine = self._loader = None
-
-    def __enter__(self) -> TensorRtEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open(self) -> Any:
         if self._engine is None:

@@ -14,7 +14,7 @@ from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...calibrate.families.base import Denoiser, Family
 from ...calibrate.graphed import GraphedForward
 from ...errors import InputError
-from ..engine import Arrays, TensorSpec, check_inputs
+from ..engine import Arrays, LoadedEngine, TensorSpec, check_inputs
 from .dit import FusedDiT
 from .exposed import recorded
 from .linears import LinearBuilder
@@ -22,7 +22,7 @@ from .linears import LinearBuilder
 ComputeDtype = Literal["float16", "bfloat16"]
 
 
-class TorchEngine:
+class TorchEngine(LoadedEngine):
     """A checkpoint on the kernels; weights are packed once, at construction.
 
     * `device`: 'cuda', 'cuda:1', or 'cpu', where every kernel is computed by its reference in
@@ -78,14 +78,6 @@ class TorchEngine:
         self._extra = tuple(extra_outputs)
         if graphs and not self._extra and self.device.type == "cuda":
             self._call = GraphedForward(lambda *inputs: (self._open()(*inputs),), lambda: None)
-
-    @property
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
 
     @property
     def weight_bytes(self) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...engines.engine import Arrays, TensorSpec, check_inputs
+from ...engines.engine import Arrays, LoadedEngine, TensorSpec, check_inputs
 from ...engines.engine import as_denoiser as wrap_as_denoiser
 from ...errors import InputError, StepError
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 _BATCH = "batch"
 
 
-class TritonEngine:
+class TritonEngine(LoadedEngine):
     """The model `name` of the server at `address` ('localhost:8000'), by HTTP.
 
     A call of more samples than the model's `max_batch` goes out in parts. Raises `InputError`
@@ -52,14 +51,6 @@ class TritonEngine:
         self._inputs = tuple(self._spec(entry) for entry in metadata["inputs"])
         self._outputs = tuple(self._spec(entry) for entry in metadata["outputs"])
 
-    @property
-    def input_specs(self) -> tuple[TensorSpec, ...]:
-        return self._inputs
-
-    @property
-    def output_specs(self) -> tuple[TensorSpec, ...]:
-        return self._outputs
-
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """All outputs by name. Raises `InputError` for inputs that do not fit, `StepError` where
         the server fails."""
@@ -82,17 +73,6 @@ class TritonEngine:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
-
-    def __enter__(self) -> TritonEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _call(self, inputs: Arrays) -> dict[str, np.ndarray]:
         given = []
