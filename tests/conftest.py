@@ -120,3 +120,38 @@ def make_quantized(make_model: Callable[..., DiffusionModel]) -> Callable[..., Q
         return Quantized(model, plan, weights, checkpoint)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_dit() -> Callable[..., Path]:
+    """A function (folder, **config) → the folder, with a random DiT of 2 blocks, hidden 64 and
+    32×32×3 pixels as diffusers saves it; adaLN is away from zero, as in a trained one."""
+
+    def save(folder: Path, **changes: Any) -> Path:
+        from diffusers import DDIMScheduler, DiTTransformer2DModel
+
+        torch.manual_seed(0)
+        config = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 32,
+            "in_channels": 3,
+            "out_channels": 3,
+            "num_layers": 2,
+            "sample_size": 32,
+            "patch_size": 4,
+            "num_embeds_ada_norm": 10,
+            "norm_eps": 1e-5,
+            "norm_elementwise_affine": False,
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "norm_type": "ada_norm_zero",
+        }
+        model = DiTTransformer2DModel(**config | changes)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.05)
+        model.save_pretrained(folder / "transformer")
+        DDIMScheduler().save_pretrained(folder / "scheduler")
+        return folder
+
+    return save

@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from qdit import cli
 from qdit.calibrate.sources import load_model
@@ -23,31 +22,9 @@ SMALL = ["--group-size", "32", *FAST]
 
 
 @pytest.fixture(scope="session")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_model(save_dit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder: 2 blocks, hidden 64, 32×32×3 pixels, adaLN away from zero."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        sample_size=32,
-        patch_size=4,
-        num_embeds_ada_norm=10,
-        norm_eps=1e-5,
-        norm_elementwise_affine=False,
-        activation_fn="gelu-approximate",
-        attention_bias=True,
-        norm_type="ada_norm_zero",
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05)
-    folder = tmp_path_factory.mktemp("small-model")
-    model.save_pretrained(folder / "transformer")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    return folder
+    return save_dit(tmp_path_factory.mktemp("small-model"))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 import torch
 
-from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.model import DiffusionModel
 from qdit.calibrate.plan import QuantizationPlan, uniform_plan
 from qdit.calibrate.schemes import LayerScheme
@@ -21,7 +20,7 @@ from qdit.calibrate.sources import load_model
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.errors import InputError
 from qdit.export.opsets import OPSETS
-from qdit.export.qdq import ExportedModel, export_qdq
+from qdit.export.qdq import export_qdq
 
 from .conftest import (
     FullPrecision,
@@ -32,6 +31,7 @@ from .conftest import (
     relative_error,
     run_torch,
 )
+from .exported_case import Case
 
 # Sums of up to 1024 products in float32, in another order than torch's: about √1024 · 2^-24 = 2e-6
 # of the largest partial sum, and measured at 2e-7 of the result.
@@ -79,25 +79,6 @@ def _schemes() -> list[LayerScheme]:
 
 
 SCHEMES = _schemes()
-
-
-@dataclass(frozen=True)
-class Case:
-    """One exported model and what it was made from."""
-
-    model: DiffusionModel
-    checkpoint: QuantizedCheckpoint
-    exported: ExportedModel
-
-    @property
-    def path(self) -> Path:
-        return self.exported.path
-
-    def linears(self) -> dict[str, dict[str, object]]:
-        metadata = onnx.load(self.path, load_external_data=False).metadata_props
-        (entry,) = (e.value for e in metadata if e.key == "qdit.linears")
-        found: dict[str, dict[str, object]] = json.loads(entry)
-        return found
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTTransformer2DModel
 
 from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.model import DiffusionModel
@@ -34,31 +33,9 @@ from qdit.progress import Progress, Silent
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers folder: 2 blocks, hidden 64, 32×32×3 pixels, adaLN away from zero."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=3,
-        out_channels=3,
-        num_layers=2,
-        sample_size=32,
-        patch_size=8,
-        num_embeds_ada_norm=10,
-        norm_eps=1e-5,
-        norm_elementwise_affine=False,
-        activation_fn="gelu-approximate",
-        attention_bias=True,
-        norm_type="ada_norm_zero",
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.05)
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder / "transformer")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    return folder
+def model_folder(save_dit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder: 2 blocks, hidden 64, 32×32×3 pixels in patches of 8."""
+    return save_dit(tmp_path_factory.mktemp("model"), patch_size=8)
 
 
 @pytest.fixture(scope="module")

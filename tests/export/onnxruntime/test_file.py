@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,10 +26,10 @@ from qdit.export.onnxruntime.files import (
     export_onnxruntime,
     onnxruntime_lowering,
 )
-from qdit.export.write import ExportedModel
 from qdit.progress import Silent
 
 from ..conftest import Tracer, example_arrays, quantize_nearest, relative_error, run_torch
+from ..exported_case import Case as ExportedCase
 
 # As for the reference (tests/export/test_qdq.py): sums of the same numbers in another order.
 SAME_INPUT_BOUND = 1e-6
@@ -75,23 +74,8 @@ ADALN: list[tuple[str, LayerScheme]] = [
 ]
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(ExportedCase):
     """One exported model and what it was made from."""
-
-    model: DiffusionModel
-    checkpoint: QuantizedCheckpoint
-    exported: ExportedModel
-
-    @property
-    def path(self) -> Path:
-        return self.exported.path
-
-    def linears(self) -> dict[str, dict[str, object]]:
-        metadata = onnx.load(self.path, load_external_data=False).metadata_props
-        (entry,) = (e.value for e in metadata if e.key == "qdit.linears")
-        found: dict[str, dict[str, object]] = json.loads(entry)
-        return found
 
     def simulation(self, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
         """Of what the file computes: the plan, but for finer activation groups."""
