@@ -7,8 +7,10 @@
 it writes the `tensorrt-int8` file (w8a8, static scales calibrated over the timesteps), the
 unquantized file, and inputs with what ONNX Runtime makes of either file. `run` needs TensorRT and a
 GPU, and of Python packages numpy, rich, onnx, polygraphy and cuda-bindings alone, so that it runs
-beside a TensorRT 8.6, whose wheel is for Python 3.10. Engines are built by the project's own code;
-a quantized linear that falls back ends the run. Engines are timed in turns by CUDA events.
+beside a TensorRT 8.6, whose wheel is for Python 3.10 (numpy < 2: its bindings read arrays of
+NumPy 2 as zeros). Engines are built by the project's own code, each with a timing cache of its own;
+a quantized linear that falls back ends the run, one that the inspector does not name is counted.
+Engines are timed in turns by CUDA events.
 
 TensorRT 8.6 without cuBLAS and cuDNN (nothing uses them, `libnvinfer_plugin.so.8` binds them):
 
@@ -24,6 +26,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from qdit.errors import InputError
+from qdit.errors import InputError, QditError
 from qdit.files import write_json
 from qdit.progress import Progress, Terminal
 
@@ -53,7 +56,7 @@ def parse() -> argparse.Namespace:
     make.add_argument("--compare", type=int, default=5, help="samples, over the timesteps")
     run = verbs.add_parser("run", help="build the engines, compare and time them")
     run.add_argument("folder", type=Path)
-    run.add_argument("--batch", default="2,16,64")
+    run.add_argument("--batch", type=_batches, default="2,16,64")
     run.add_argument("--repeats", type=int, default=5)
     run.add_argument("--runs", type=int, default=20)
     run.add_argument("--level", type=int, help="builder optimization level")
@@ -64,15 +67,27 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _batches(text: str) -> list[int]:
+    """'2,16,64' in ascending order; argparse says what is wrong with anything else."""
+    sizes = sorted(int(size) for size in text.split(","))
+    if sizes[0] < 1:
+        raise argparse.ArgumentTypeError(f"batch sizes must be at least 1, got {text}")
+    return sizes
+
+
 def main() -> None:
     arguments = parse()
-    with Terminal() as progress:
-        if arguments.verb == "make":
-            make_kit(arguments, progress)
-        elif arguments.verb == "run":
-            run_kit(arguments, progress)
-        else:
-            make_stand_ins(arguments.library, arguments.folder)
+    try:
+        with Terminal() as progress:
+            if arguments.verb == "make":
+                make_kit(arguments, progress)
+            elif arguments.verb == "run":
+                run_kit(arguments, progress)
+            else:
+                make_stand_ins(arguments.library, arguments.folder)
+    except QditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from error
 
 
 # -- make
@@ -186,19 +201,31 @@ def run_kit(arguments: argparse.Namespace, progress: Progress) -> None:
     results = []
     for folder in folders:
         facts = json.loads((folder / _FACTS).read_text())
+        _check_version(facts["tensorrt"], folder)
         progress.say(f"{facts['source']}: TensorRT {installed_version()}")
         measured = run_model(folder, arguments, progress)
         results.append(facts | {"engines": [vars(engine) for engine in measured]})
         _print(facts, measured, progress)
-    if arguments.json:
-        write_json(
-            arguments.json,
-            {
-                "tensorrt": str(installed_version()),
-                "gpu": gpu_identity().to_json(),
-                "level": arguments.level,
-                "models": results,
-            },
+        if arguments.json:  # after each model: what was measured outlives the next one's failure
+            write_json(
+                arguments.json,
+                {
+                    "tensorrt": str(installed_version()),
+                    "gpu": gpu_identity().to_json(),
+                    "level": arguments.level,
+                    "models": results,
+                },
+            )
+
+
+def _check_version(made_for: str, folder: Path) -> None:
+    from qdit.engines.tensorrt.library import installed_version
+
+    installed = str(installed_version())
+    if made_for.split(".")[0] != installed.split(".")[0]:
+        raise InputError(
+            f"the kit {folder} is for TensorRT {made_for}, and {installed} is installed; make one "
+            f"with --tensorrt-version {installed}"
         )
 
 
@@ -206,9 +233,14 @@ def run_model(folder: Path, arguments: argparse.Namespace, progress: Progress) -
     """Both engines of a model, built anew and timed in turns."""
     from qdit.engines.tensorrt.library import installed_features
     from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
-    from qdit.engines.tensorrt.store import engine_path, forget_engine, stored_engine
+    from qdit.engines.tensorrt.store import (
+        TIMING_CACHE,
+        engine_path,
+        forget_engine,
+        stored_engine,
+    )
 
-    batches = sorted(int(text) for text in arguments.batch.split(","))
+    batches = arguments.batch
     middle = batches[len(batches) // 2]
     inputs, made, engines = dict(np.load(folder / "inputs.npz")), [], []
     most = max(batches[-1], len(inputs["timestep"]))
@@ -216,6 +248,9 @@ def run_model(folder: Path, arguments: argparse.Namespace, progress: Progress) -
     for kind in KINDS:
         path = folder / f"{kind}.onnx"
         forget_engine(engine_path(path))
+        (folder / TIMING_CACHE).unlink(
+            missing_ok=True
+        )  # or int8 would be built with fp16's timings
         stored = stored_engine(path, settings, installed_features(), progress)
         engine = stored.open()
         reference = dict(np.load(folder / f"{kind}.reference.npz"))
@@ -285,7 +320,9 @@ def make_stand_ins(library: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        raise InputError("stand-ins need a C compiler (cc or gcc), and there is none")
+        raise InputError("stand-ins need a C compiler (cc or gcc), and there is none; install one")
+    if shutil.which("nm") is None:
+        raise InputError("stand-ins need nm, which binutils has; install them")
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     )
