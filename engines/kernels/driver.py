@@ -120,10 +120,20 @@ def _load(
     file: str, name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int, device: Gpu
 ) -> Kernel:
     torch.cuda.init()
+    code = compile_kernel(file, dict(defines), device.architecture)
     with torch.cuda.device(device.index):
-        torch.empty(1, device="cuda")  # makes torch's context current, into which modules load
-        code = compile_kernel(file, dict(defines), device.architecture)
+        _make_current(device.index)
         return Kernel(code, name, shared_bytes, dependent=device.dependent_launch)
+
+
+def _make_current(index: int) -> None:
+    """Make the context that torch works in, the device's primary one, this thread's as well.
+
+    A thread that torch has not served yet has none, and modules load into the current one.
+    """
+    driver = _driver()
+    context = _checked(driver, driver.cuDevicePrimaryCtxRetain(index))
+    _checked(driver, driver.cuCtxSetCurrent(context))
 
 
 _SHARED_WITHOUT_ASKING = 48 << 10

@@ -43,6 +43,22 @@ struct Place {
     }
 };
 
+// A tile by the places of its tokens and channels; the next one of this block without a division.
+struct TilePlace {
+    int token, channel;            // tiles
+    int token_step, channel_step;  // of `gridDim.x` tiles
+    int channel_tiles;
+
+    __device__ __forceinline__ TilePlace(int first, int step, int across)
+        : token(first / across), channel(first % across), token_step(step / across), channel_step(step % across),
+          channel_tiles(across) {}
+
+    __device__ __forceinline__ void next() {
+        token += token_step, channel += channel_step;
+        if (channel >= channel_tiles) channel -= channel_tiles, ++token;
+    }
+};
+
 struct Problem {
     const uint8* x;
     const float* token_scale;
@@ -72,8 +88,9 @@ __device__ __forceinline__ void produce(const Problem& p, uint32 base) {
     constexpr int kRowBytes = kFourBits ? 64 : 128;
     Place place;
     bool first_tile = true;
-    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x) {
-        const int token0 = tile / p.channel_tiles * kTokens, channel0 = tile % p.channel_tiles * kChannels;
+    TilePlace at(blockIdx.x, gridDim.x, p.channel_tiles);
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, at.next()) {
+        const int token0 = at.token * kTokens, channel0 = at.channel * kChannels;
         const int tokens = min(kTokens, p.rows - token0), channels = min(kChannels, p.weight_rows - channel0);
         const uint32 bytes = tokens * kPanel + channels * kRowBytes +
                              (kTokenScales + kWeightZero + kInputZero) * kSegments * tokens * 4 +
@@ -148,6 +165,14 @@ __device__ __forceinline__ const uint8* multipliers_at(const uint8* bytes, int p
            (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + part * kChannels;
 }
 
+// All of a panel's register operands before its first instruction: one that is made later would make the assembler wait for
+// the instructions before it.
+__device__ __forceinline__ void settle(uint32 (&a)[4][4]) {
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+        asm volatile("" : "+r"(a[step][0]), "+r"(a[step][1]), "+r"(a[step][2]), "+r"(a[step][3]));
+}
+
 // Matrix instructions From … To - 1 of one panel into d; the first one starts anew unless `accumulate`.
 // Descriptors count 16 bytes: a step of 32 bytes further on is 2 more.
 template <int From, int To>
@@ -177,20 +202,34 @@ __device__ __forceinline__ void pass_turn(int warpgroup) {
         barrier_join(kTurnBarrier + (warpgroup + 1 == kWarpgroups ? 0 : warpgroup + 1), 256);
 }
 
-// All four steps' register operands: 32 bytes a thread of the warpgroup's 4096.
-__device__ __forceinline__ void unpack_panel(
-    uint32 (&a)[4][4], const uint8* weights, const uint8* multipliers, int thread, int channel) {
-    const uint4 first = reinterpret_cast<const uint4*>(weights)[thread];
-    const uint4 second = reinterpret_cast<const uint4*>(weights)[128 + thread];
+// A thread's part of a panel's 4-bit weights as they are stored: 32 bytes of the warpgroup's 4096, and the multipliers of its
+// two channels.
+struct PackedPanel {
+    uint4 words[2];
+    uint32 multipliers[kSegments][2];
+};
+
+__device__ __forceinline__ void load_panel(
+    PackedPanel& packed, const uint8* weights, const uint8* multipliers, int thread, int channel) {
+    packed.words[0] = reinterpret_cast<const uint4*>(weights)[thread];
+    packed.words[1] = reinterpret_cast<const uint4*>(weights)[128 + thread];
+    if constexpr (kMultipliers) {
+#pragma unroll
+        for (int part = 0; part < kSegments; ++part)
+            packed.multipliers[part][0] = multipliers[part * kChannels + channel],
+            packed.multipliers[part][1] = multipliers[part * kChannels + channel + 8];
+    }
+}
+
+// All four steps' register operands.
+__device__ __forceinline__ void unpack_panel(uint32 (&a)[4][4], const PackedPanel& packed) {
+    const uint4 &first = packed.words[0], &second = packed.words[1];
     const uint32 words[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-        uint32 low = 0, high = 0;
-        if constexpr (kMultipliers) {
-            const uint8* own = multipliers + step * kSegments / 4 * kChannels;
-            low = own[channel], high = own[channel + 8];
-        }
-        unpack_nibbles(a[step], words[2 * step], words[2 * step + 1], low, high);
+        const int part = step * kSegments / 4;
+        unpack_nibbles(
+            a[step], words[2 * step], words[2 * step + 1], packed.multipliers[part][0], packed.multipliers[part][1]);
     }
 }
 
@@ -233,10 +272,24 @@ struct Consumer {
         return place.stage * ((kWeightBytes + kInputBytes) >> 4);
     }
 
-    __device__ __forceinline__ void unpack(uint32 (&a)[4][4], const Place& place) const {
+    __device__ __forceinline__ void load(PackedPanel& packed, const Place& place) const {
         if constexpr (kFourBits)
-            unpack_panel(a, shared + place.stage * (kWeightBytes + kInputBytes) + warpgroup * 4096,
-                         multipliers_at(scales(place), 0), thread, row);
+            load_panel(packed, shared + place.stage * (kWeightBytes + kInputBytes) + warpgroup * 4096,
+                       multipliers_at(scales(place), 0), thread, row);
+    }
+
+    __device__ __forceinline__ void unpack(uint32 (&a)[4][4], const PackedPanel& packed) const {
+        if constexpr (kFourBits) {
+            unpack_panel(a, packed);
+            settle(a);
+        }
+    }
+
+    // At once, where nothing else can be done meanwhile.
+    __device__ __forceinline__ void unpack(uint32 (&a)[4][4], const Place& place) const {
+        PackedPanel packed;
+        load(packed, place);
+        unpack(a, packed);
     }
 
     template <int From, int To>
@@ -276,41 +329,102 @@ struct Segment {
     }
 };
 
-// All segments within one panel, one after the other.
-template <int Part>
+// All segments within one panel, one after the other. `meanwhile` is done while the last one's products are on their way,
+// `afterwards` once they are there, before their promotion.
+template <int Part, typename Meanwhile, typename Afterwards>
 __device__ __forceinline__ void multiply_segments(
-    float (&acc)[kAccumulators], int (&d)[kAccumulators], const uint32 (&a)[4][4], const Consumer& own, const Place& place) {
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], const uint32 (&a)[4][4], const Consumer& own, const Place& place,
+    Meanwhile meanwhile, Afterwards afterwards) {
     if constexpr (Part < kSegments) {
         constexpr int kSteps = 4 / kSegments;
+        // After the instructions: before them the assembler spreads the loads between the first one and the others.
+        own.issue<Part * kSteps, (Part + 1) * kSteps>(d, a, place, false);
         Segment segment;
         segment.load(own, place, Part);
-        own.issue<Part * kSteps, (Part + 1) * kSteps>(d, a, place, false);
+        if constexpr (Part + 1 == kSegments) meanwhile();
         wgmma_wait<0>();
+        if constexpr (Part + 1 == kSegments) afterwards();
         segment.promote_into(acc, d, own);
-        multiply_segments<Part + 1>(acc, d, a, own, place);
+        multiply_segments<Part + 1>(acc, d, a, own, place, meanwhile, afterwards);
     }
 }
 
-// A tile's sums over all panels, promoted where scales change along k; without, acc stays untouched and d is the sum.
-__device__ __forceinline__ void accumulate(
-    float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
-    for (int panel = 0; panel < panels; ++panel, place.next()) {
-        uint32 a[4][4];
-        own.wait(place);
-        own.unpack(a, place);
-        if constexpr (!kPromotes) {
-            own.issue<0, 4>(d, a, place, panel > 0);
-            wgmma_wait<0>();
-        } else if constexpr (kSegmentPanels > 1) {
-            Segment segment;
-            segment.load(own, place, 0);
-            own.issue<0, 4>(d, a, place, panel % kSegmentPanels > 0);
-            wgmma_wait<0>();
-            if (panel % kSegmentPanels == kSegmentPanels - 1) segment.promote_into(acc, d, own);
+// Whether two panels' register operands have room, so that a panel's instructions follow the last one's at once.
+constexpr bool kOperandsAhead = !kFourBits || kWarpgroups == 2;
+
+// A tile's integer sums over all panels where no scale changes along k.
+__device__ __forceinline__ void accumulate_plain(
+    int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    PackedPanel packed;
+    uint32 a[1 + kOperandsAhead][4][4];
+    const auto fetch = [&](const Place& at) {
+        own.wait(at);
+        own.load(packed, at);
+    };
+    const auto begin = [&](uint32(&operand)[4][4], const Place& at, bool goes_on) {
+        own.unpack(operand, packed);
+        own.issue<0, 4>(d, operand, at, goes_on);
+    };
+    const auto follow = [&](uint32(&operand)[4][4]) {
+        Place next = place;
+        next.next();
+        fetch(next);
+        if constexpr (kOperandsAhead) {
+            begin(operand, next, true);
+            wgmma_wait<1>();
         } else {
-            multiply_segments<0>(acc, d, a, own, place);
+            wgmma_wait<0>();
+            begin(operand, next, true);
         }
         own.done(place);
+        place = next;
+    };
+    fetch(place);
+    begin(a[0], place, false);
+    int left = panels - 1;
+    for (; left > 1; left -= 2) {
+        follow(a[kOperandsAhead]);
+        follow(a[0]);
+    }
+    if (left > 0) follow(a[kOperandsAhead]);
+    wgmma_wait<0>();
+    own.done(place);
+    place.next();
+}
+
+// A tile's sums over all panels, promoted where scales change along k.
+__device__ __forceinline__ void accumulate(
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    PackedPanel packed;
+    own.wait(place);
+    own.load(packed, place);
+    // counted down: a bound would be loaded again in every round, between the first matrix instruction and the others
+    for (int left = panels; left > 0; --left) {
+        Place next = place;
+        next.next();
+        uint32 a[4][4];
+        own.unpack(a, packed);
+        const auto meet_next = [&]() {
+            if (left > 1) own.wait(next);
+        };
+        // 4-bit weights of the next panel are read before this one's sums are promoted, and unpacked afterwards
+        const auto load_next = [&]() {
+            if (left > 1) own.load(packed, next);
+        };
+        if constexpr (kSegmentPanels > 1) {
+            const int panel = panels - left;
+            own.issue<0, 4>(d, a, place, panel % kSegmentPanels > 0);
+            Segment segment;
+            segment.load(own, place, 0);
+            meet_next();
+            wgmma_wait<0>();
+            load_next();
+            if (panel % kSegmentPanels == kSegmentPanels - 1) segment.promote_into(acc, d, own);
+        } else {
+            multiply_segments<0>(acc, d, a, own, place, meet_next, load_next);
+        }
+        own.done(place);
+        place = next;
     }
 }
 
@@ -397,9 +511,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
                             tokens, channels, out};
         if (kInTurn && warpgroup + 1 == kWarpgroups) pass_turn(warpgroup);  // the first turn is warpgroup 0's
         Place place;
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-            const int token0 = tile / channel_tiles * kTokens;
-            const int channel0 = tile % channel_tiles * kChannels + warpgroup * 64;
+        TilePlace at(blockIdx.x, gridDim.x, channel_tiles);
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, at.next()) {
+            const int token0 = at.token * kTokens;
+            const int channel0 = at.channel * kChannels + warpgroup * 64;
 #if QDIT_GATED
             for (int at = thread; at < kTokens; at += 128)
                 if (token0 + at < tokens && channel0 < channels)
@@ -414,8 +529,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
                 accumulate_pipelined(acc, own, place, panels);
             } else {
                 int d[kAccumulators];
-                accumulate(acc, d, own, place, panels);
-                if constexpr (!kPromotes) convert_all(acc, d);
+                if constexpr (kPromotes) {
+                    accumulate(acc, d, own, place, panels);
+                } else {
+                    accumulate_plain(d, own, place, panels);
+                    convert_all(acc, d);
+                }
             }
             finish(acc, output, token0, channel0, warp, lane);
             stage(staging, acc, warp, lane);

@@ -17,6 +17,8 @@ constexpr float kSmallestScale = 0x1p-24f;  // quantizers.MIN_SCALE
 constexpr bool kNorm = QDIT_NORM;
 constexpr int kGelu = QDIT_GELU;     // 1: the tanh form, 2: the exact one
 constexpr int kWarps = 8;
+// A row that a warp holds waits for memory and for its own sums: four blocks a multiprocessor hide that, two do not.
+constexpr int kBlocks = kNorm && kSpan <= 9 ? 4 : 1;
 // Groups that lie in the lanes' four neighbouring values of whole panels need no shared memory.
 constexpr bool kInRegisters = kWidth % 128 == 0 && !kAsymmetric && kSumGroup == 0 &&
                               (kGroup == 32 || kGroup == 64 || kGroup % 128 == 0);
@@ -60,14 +62,10 @@ __device__ __forceinline__ float most_of(float value) {
 __device__ __forceinline__ void normalize(
     float (&v)[kSpan][4], const Modulation& modulation, int row, int lane) {
     const long long offset = static_cast<long long>(row / modulation.image_tokens) * modulation.stride + lane * 4;
-    uint2 scale[kSpan] = {}, shift[kSpan] = {};
     float sum = 0.0f;
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
         if (panel * 128 + lane * 4 >= kWidth) continue;
-        // asked for before the sums, which take a while
-        scale[panel] = *reinterpret_cast<const uint2*>(modulation.scale + offset + panel * 128);
-        shift[panel] = *reinterpret_cast<const uint2*>(modulation.shift + offset + panel * 128);
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += v[panel][i];
     }
@@ -83,8 +81,11 @@ __device__ __forceinline__ void normalize(
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
         if (panel * 128 + lane * 4 >= kWidth) continue;
-        const float scales[4] = {low_half(scale[panel].x), high_half(scale[panel].x), low_half(scale[panel].y), high_half(scale[panel].y)};
-        const float shifts[4] = {low_half(shift[panel].x), high_half(shift[panel].x), low_half(shift[panel].y), high_half(shift[panel].y)};
+        // asked for late: rows of one image share them, so that they are near, and registers are what limits warps
+        const uint2 scale = *reinterpret_cast<const uint2*>(modulation.scale + offset + panel * 128);
+        const uint2 shift = *reinterpret_cast<const uint2*>(modulation.shift + offset + panel * 128);
+        const float scales[4] = {low_half(scale.x), high_half(scale.x), low_half(scale.y), high_half(scale.y)};
+        const float shifts[4] = {low_half(shift.x), high_half(shift.x), low_half(shift.y), high_half(shift.y)};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             v[panel][i] = fmaf((v[panel][i] - mean) * inverse, 1.0f + scales[i], shifts[i]);
@@ -203,7 +204,7 @@ __device__ __forceinline__ void quantize_in_shared(
             *reinterpret_cast<const uint32*>(narrow + panel * 128 + lane * 4);
 }
 
-extern "C" __global__ void __launch_bounds__(kWarps * 32) qdit_quantize(
+extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks) qdit_quantize(
     const Input* x, const uint16* shift, const uint16* scale, int tokens, int rows, int row_stride,
     int modulation_stride, int image_tokens, float epsilon, uint8* values, float* scales, float* zeros,
     float* sums) {

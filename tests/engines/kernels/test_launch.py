@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -52,13 +53,22 @@ class Recorder:
     def __init__(self) -> None:
         self.launches: list[Any] = []
         self.shared_bytes: list[int] = []
+        self.current: dict[int, str] = {}  # contexts by thread
         self.status = SUCCESS
 
     def __getattr__(self, name: str) -> Any:
         return getattr(real_driver, name)
 
+    def cuDevicePrimaryCtxRetain(self, index: int) -> tuple[Any, str]:
+        return SUCCESS, f"primary context of {index}"
+
+    def cuCtxSetCurrent(self, context: str) -> tuple[Any]:
+        self.current[threading.get_ident()] = context
+        return (SUCCESS,)
+
     def cuModuleLoadData(self, code: bytes) -> tuple[Any, int]:
         assert code.startswith(b"\x7fELF")
+        assert self.current[threading.get_ident()] == "primary context of 0"
         return SUCCESS, 1
 
     def cuModuleGetFunction(self, _module: int, name: bytes) -> tuple[Any, str]:
