@@ -10,7 +10,15 @@ from ..calibrate.plan import LinearSpec
 from ..calibrate.schemes import LayerScheme
 
 Form = Literal[
-    "float", "int8", "int8-split", "nbits", "nbits-split", "nbits-float", "dequantized", "qdq"
+    "float",
+    "int8",
+    "int8-split",
+    "nbits",
+    "nbits-split",
+    "nbits-float",
+    "nbits-float16",
+    "dequantized",
+    "qdq",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import onnx_ir as ir
 
@@ -13,6 +12,7 @@ from ..emit import Dims
 from ..opsets import ComputeDtype
 from ..passes.lower_qdq import LinearLowering
 from ..realization import Form, Realization
+from .facts import realization_facts
 from .int8_weight import emit_int8_weight
 from .nbits_weight import emit_nbits_weight
 from .rows import FLOAT, OFFSET, UINT8, emit_columns, emit_restored_groups
@@ -26,9 +26,6 @@ _INTEGER_LEVEL, _FLOAT_LEVEL = 4, 1
 # Channels that MatMulNBits adds up at level 4 in one product. Its rounding error grows with them:
 # 7.3e-7, 8.2e-7 and 1.04e-6 were measured at K = 1152, 2304 and 4608 (groups of 128, after GELU).
 MOST_CHANNELS = 2304
-
-# What 'qdit.linears' says of a linear beside its place and scheme (`LowerOnnxRuntimePass`).
-FORM, COMPUTES, REASON = "form", "computes", "reason"
 
 
 class OnnxRuntimeLinears(LinearLowering):
@@ -53,14 +50,9 @@ class OnnxRuntimeLinears(LinearLowering):
 
     def lower(self, node: ir.Node, contents: LinearContents) -> None:
         super().lower(node, contents)
-        self.records[contents.spec.name] |= self._facts(contents)
-
-    def _facts(self, contents: LinearContents) -> dict[str, Any]:
-        made = self._realization(contents)
-        facts: dict[str, Any] = {FORM: made.form}
-        if not made.is_exact(contents.scheme):
-            facts[COMPUTES] = made.scheme.to_json()
-        return facts | ({REASON: made.reason} if made.reason else {})
+        self.records[contents.spec.name] |= realization_facts(
+            self._realization(contents), contents.scheme
+        )
 
     def _realization(self, contents: LinearContents) -> Realization:
         return realize_onnxruntime(contents.spec, contents.scheme)
