@@ -182,9 +182,9 @@ TargetList = Annotated[
     typer.Option(
         metavar="LIST",
         help="Files for other runtimes beside model.onnx, separated by commas: onnxruntime "
-        "(int8 on CPUs), tensorrt-plugin (exact), tensorrt-int8 (static scales), tensorrt-int4 "
-        "(weights only), or tensorrt for the one nearest to the plan. Engines are built where "
-        "TensorRT and a GPU are.",
+        "(int8 on CPUs), onnxruntime-cuda (integer weights, float16), tensorrt-plugin (exact), "
+        "tensorrt-int8 (static scales), tensorrt-int4 (weights only), or tensorrt for the one "
+        "nearest to the plan. Engines are built where TensorRT and a GPU are.",
         show_default=False,
     ),
 ]
@@ -249,8 +249,8 @@ Provider = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="ONNX Runtime: execution provider, such as CPUExecutionProvider. One that is missing "
-        "is an error, never a run on the CPU.",
+        help="ONNX Runtime: execution provider, such as cuda or CPUExecutionProvider. One that is "
+        "missing is an error, never a run on the CPU.",
         show_default=False,
     ),
 ]
@@ -259,6 +259,15 @@ SessionOption = Annotated[
     typer.Option(
         metavar="KEY=VALUE",
         help="ONNX Runtime: an entry of its session configuration; may be given several times.",
+        show_default=False,
+    ),
+]
+ProviderOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE",
+        help="ONNX Runtime: an option of the execution provider, such as enable_cuda_graph=1; may "
+        "be given several times.",
         show_default=False,
     ),
 ]
@@ -424,7 +433,8 @@ def _validate(
         str,
         typer.Option(
             help="What is proven: onnxruntime (model.onnx on the CPU), onnxruntime-target "
-            "(onnxruntime/model.onnx on the CPU), torch (the CUDA kernels), "
+            "(onnxruntime/model.onnx on the CPU, or with --provider cuda "
+            "onnxruntime-cuda/model.onnx), torch (the CUDA kernels), "
             "tensorrt-plugin, tensorrt-int8, tensorrt-int4, or tensorrt for the one there."
         ),
     ] = "onnxruntime",
@@ -440,6 +450,7 @@ def _validate(
     threads: Threads = None,
     provider: Provider = None,
     session_option: SessionOption = None,
+    provider_option: ProviderOption = None,
     seed: Seed = 0,
     model: Annotated[
         str | None,
@@ -544,6 +555,7 @@ def _bench(
     device: Device = "auto",
     provider: Provider = None,
     session_option: SessionOption = None,
+    provider_option: ProviderOption = None,
     seed: Seed = 0,
     profile: Annotated[
         bool,
@@ -585,6 +597,7 @@ def _bench(
             profile=profile,
             provider=provider,
             session_options=session_option or (),
+            provider_options=provider_option or (),
             json_file=json_file,
             command=command_line(),
             progress=terminal,
@@ -681,8 +694,8 @@ def _serve(
     engine: Annotated[
         str,
         typer.Option(
-            help="auto (the best that opens), tensorrt-plugin, torch, onnxruntime, qdq, "
-            "tensorrt-int8 or tensorrt-int4."
+            help="auto (the best that opens), tensorrt-plugin, torch, onnxruntime-cuda, "
+            "onnxruntime, qdq, tensorrt-int8 or tensorrt-int4."
         ),
     ] = "auto",
     device: Device = "auto",

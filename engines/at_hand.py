@@ -81,6 +81,7 @@ def _kinds() -> tuple[EngineKind, ...]:
     return (
         tensorrt_kinds.PLUGIN,
         torch_kind.TORCH,
+        onnxruntime_kinds.ONNXRUNTIME_CUDA,
         onnxruntime_kinds.ONNXRUNTIME,
         onnxruntime_kinds.QDQ,
         tensorrt_kinds.INT8,

@@ -21,7 +21,7 @@ from .benchmark.target import RunSettings
 from .devices import resolve_device
 from .machine import describe_machine, load_average, usable_cores
 from .options import SchemeOptions
-from .session_settings import parse_session_options
+from .session_settings import parse_provider_options, parse_session_options
 
 # A load average above this share of the cores means that other work takes part of them.
 _BUSY = 0.5
@@ -42,6 +42,7 @@ def run_bench(
     profile: bool = False,
     provider: str | None = None,
     session_options: Sequence[str] = (),
+    provider_options: Sequence[str] = (),
     json_file: Path | None = None,
     command: str,
     progress: Progress,
@@ -54,9 +55,11 @@ def run_bench(
     """
     chosen = registrations(targets)
     schedule = Schedule(tuple(sorted(set(batches))), runs, seconds, profile=profile)
-    if (provider or session_options) and not set(targets) & set(IN_ONNX_RUNTIME):
+    asked = provider or session_options or provider_options
+    if asked and not set(targets) & set(IN_ONNX_RUNTIME):
         raise InputError(
-            f"--provider and --session-option are read by {', '.join(IN_ONNX_RUNTIME)}, got "
+            "--provider, --session-option and --provider-option are read by "
+            f"{', '.join(IN_ONNX_RUNTIME)}, got "
             f"--targets {','.join(targets)}; add one or leave them out"
         )
     settings = RunSettings(
@@ -64,6 +67,7 @@ def run_bench(
         threads or usable_cores(),
         provider,
         parse_session_options(session_options),
+        parse_provider_options(provider_options),
     )
     load = _check_load(settings, progress)
     with tempfile.TemporaryDirectory(prefix="qdit-bench-") as folder:
@@ -142,6 +146,7 @@ def _settings_json(schedule: Schedule, settings: RunSettings, load: float) -> di
         "threads": settings.threads,
         "provider": settings.provider,
         "session_options": settings.session_options,
+        "provider_options": settings.provider_options,
         "batches": list(schedule.batches),
         "least_runs": schedule.runs,
         "seconds_per_batch": schedule.seconds,

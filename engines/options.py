@@ -23,7 +23,7 @@ from ..calibrate.schemes import (
     preset_bits,
 )
 from ..errors import InputError
-from .session_settings import parse_session_options
+from .session_settings import parse_provider_options, parse_session_options
 from .targets.options import TargetOptions
 
 if sys.version_info >= (3, 11):
@@ -147,6 +147,7 @@ class ValidateOptions(ProofOptions):
     engine: EngineName = "onnxruntime"
     provider: str | None = None
     session_option: tuple[str, ...] = ()
+    provider_option: tuple[str, ...] = ()
 
     @field_validator("session_option")
     @classmethod
@@ -154,9 +155,15 @@ class ValidateOptions(ProofOptions):
         parse_session_options(value)
         return value
 
+    @field_validator("provider_option")
+    @classmethod
+    def _parsed_provider_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        parse_provider_options(value)
+        return value
+
     def check_engine(self) -> None:
         """Raise `InputError` for flags that the engine would not read."""
-        given = {"provider", "session_option"} & self.model_fields_set
+        given = {"provider", "session_option", "provider_option"} & self.model_fields_set
         if given and not self.engine.startswith("onnxruntime"):
             flag = min(given).replace("_", "-")
             raise InputError(

@@ -79,10 +79,12 @@ class OnnxRuntimeProof:
         optimize: bool = True,
         provider: str | None = None,
         session_options: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
         self._providers = providers_of(provider)
         self._session_options = dict(session_options or {})
+        self._provider_options = dict(provider_options or {})
         self.on_gpu = self._providers[0] not in (CPU, "DnnlExecutionProvider")
         self._optimize = optimize
         self.dtype = dtype
@@ -98,6 +100,7 @@ class OnnxRuntimeProof:
             "file": sha256_of_file(self.path),
             "providers": self._providers,
             "session_options": self._session_options,
+            "provider_options": self._provider_options,
         }
 
     def exposed(self) -> ExposedValues:
@@ -115,13 +118,14 @@ class OnnxRuntimeProof:
             optimize=self._optimize,
             providers=self._providers,
             session_options=self._session_options,
+            provider_options=self._provider_options,
         )
 
 
 class OnnxRuntimeTargetProof(OnnxRuntimeProof):
-    """`onnxruntime/model.onnx` in ONNX Runtime, likewise.
+    """`onnxruntime/model.onnx`, or `onnxruntime-cuda/model.onnx`, in ONNX Runtime, likewise.
 
-    The checkpoint of the proof has the plan that this file computes. What is folded at load is what
+    The checkpoint of the proof has the plan that the file computes. What is folded at load is what
     unpacks the file's weights, so it always is.
     """
 
@@ -130,13 +134,20 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
     def __init__(
         self,
         path: Path,
+        dtype: str,
         *,
         threads: int | None = None,
         provider: str | None = None,
         session_options: Mapping[str, str] | None = None,
+        provider_options: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
-            path, "float32", threads=threads, provider=provider, session_options=session_options
+            path,
+            dtype,
+            threads=threads,
+            provider=provider,
+            session_options=session_options,
+            provider_options=provider_options,
         )
 
 

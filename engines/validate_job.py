@@ -21,8 +21,9 @@ from .proof_engine import OnnxRuntimeProof, OnnxRuntimeTargetProof, ProofEngine,
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .report.targets_schema import TARGETS_NAME, read_targets
-from .session_settings import parse_session_options
-from .targets.onnxruntime_target import as_computed, target_path
+from .session_settings import parse_provider_options, parse_session_options, providers_of
+from .targets.onnxruntime_files import OnnxRuntimeFile, file_for
+from .targets.onnxruntime_target import as_computed
 from .workspace import Workspace
 
 
@@ -35,7 +36,7 @@ def run_validate(
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
     if options.engine == "onnxruntime-target":
-        checkpoint = as_computed(checkpoint)
+        checkpoint = as_computed(checkpoint, _target_file(options))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     search = read_search(folder / SEARCH_NAME)  # a damaged one is refused before the long work
@@ -81,15 +82,11 @@ def _engine(
         "threads": options.threads,
         "provider": options.provider,
         "session_options": parse_session_options(options.session_option),
+        "provider_options": parse_provider_options(options.provider_option),
     }
     if options.engine == "onnxruntime-target":
-        path = target_path(folder)
-        if not path.is_file():
-            raise InputError(
-                f"{folder} holds no {path.relative_to(folder)}; export it again with --target "
-                "onnxruntime"
-            )
-        return OnnxRuntimeTargetProof(path, **session)
+        file = _target_file(options)
+        return OnnxRuntimeTargetProof(file.existing(folder), file.dtype, **session)
     if options.engine == "torch":
         if not device.startswith("cuda"):
             raise InputError(
@@ -106,6 +103,11 @@ def _engine(
         fold_weights=not checkpoint.is_large,
         **session,
     )
+
+
+def _target_file(options: ValidateOptions) -> OnnxRuntimeFile:
+    """The file of the provider that the proof runs by: the CPU's unless another one is named."""
+    return file_for(providers_of(options.provider)[0])
 
 
 def _compute_dtype(exported: Path) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from ..calibrate.plan import LinearSpec, QuantizationPlan
 from ..errors import InputError
 from . import target_rules as rules
+from .onnxruntime import cuda_rules as cuda
 from .onnxruntime import rules as onnxruntime
 from .realization import Realization, Realize, as_in_the_reference
 
@@ -57,6 +58,11 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 "onnxruntime", "ONNX Runtime", (1, 22), True,
                 onnxruntime.refuse_onnxruntime, onnxruntime.nearest_onnxruntime,
                 realize=onnxruntime.realize_onnxruntime,
+            ),
+            Target(
+                "onnxruntime-cuda", "ONNX Runtime", (1, 22), True,
+                cuda.refuse_onnxruntime_cuda, cuda.nearest_onnxruntime_cuda,
+                realize=cuda.realize_onnxruntime_cuda,
             ),
             Target(
                 "tensorrt-plugin", "TensorRT", (10, 9), True,

@@ -31,6 +31,7 @@ FULL_PRECISION = "full-precision"
 _ONNX_FILES = (
     "model.onnx",
     "onnxruntime/model.onnx",
+    "onnxruntime-cuda/model.onnx",
     *(f"tensorrt/tensorrt-{kind}.onnx" for kind in ("plugin", "int8", "int4")),
 )
 

@@ -42,9 +42,11 @@ _TENSORRT = ".targets.tensorrt_targets"
 _TORCH = ".targets.torch_targets"
 _PEERS = ".targets.peer_targets"
 register("fp32", f"{_ONNX}:FullPrecision", "full-precision ONNX in ONNX Runtime", quantized=False)
+register("fp16", f"{_ONNX}:HalfPrecision", "float16 ONNX, fused", quantized=False)
 register("qdq", f"{_ONNX}:Qdq", "quantized model.onnx in ONNX Runtime", quantized=True)
 register("qdq-packed", f"{_ONNX}:QdqPacked", "model.onnx, weights kept packed", quantized=True)
 register("onnxruntime", f"{_ONNX}:OnnxRuntimeTarget", "its own file, int8", quantized=True)
+register("onnxruntime-cuda", f"{_ONNX}:OnnxRuntimeCudaTarget", "CUDA's file", quantized=True)
 register("tensorrt-fp16", f"{_TENSORRT}:HalfPrecision", "unquantized TensorRT", quantized=False)
 register("tensorrt-plugin", f"{_TENSORRT}:Plugin", "the CUDA kernels in TensorRT", quantized=True)
 register("tensorrt-int8", f"{_TENSORRT}:Int8", "TensorRT's INT8 products", quantized=True)
@@ -59,8 +61,16 @@ register("torchao-int8", f"{_PEERS}:TorchAoInt8", "torchao int8, compiled", quan
 register("openvino", f"{_PEERS}:OpenVino", "full precision in OpenVINO", quantized=False)
 register("openvino-int8", f"{_PEERS}:OpenVinoInt8", "NNCF int8 in OpenVINO", quantized=False)
 
-# What reads RunSettings.provider and .session_options.
-IN_ONNX_RUNTIME = ("fp32", "qdq", "qdq-packed", "onnxruntime", "ort-dynamic")
+# What reads RunSettings.provider, .session_options and .provider_options.
+IN_ONNX_RUNTIME = (
+    "fp32",
+    "fp16",
+    "qdq",
+    "qdq-packed",
+    "onnxruntime",
+    "onnxruntime-cuda",
+    "ort-dynamic",
+)
 
 
 def registrations(names: Sequence[str]) -> list[Registration]:

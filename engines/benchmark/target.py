@@ -20,14 +20,15 @@ Inputs = Mapping[str, np.ndarray]
 class RunSettings:
     """What every worker is told: `device` 'cpu', 'cuda' or 'cuda:N', and CPU `threads`.
 
-    `provider` and `session_options` are for what runs in ONNX Runtime: the execution provider in
-    place of the device's, and entries of its session configuration.
+    The last three are for what runs in ONNX Runtime: the execution provider in place of the
+    device's, entries of its session configuration, and options of the provider.
     """
 
     device: str
     threads: int
     provider: str | None = None
     session_options: dict[str, str] = field(default_factory=dict)
+    provider_options: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def _engine_text(engine: EngineEntry) -> str:
 
 
 def _notes(entry: TargetEntry) -> str:
-    kept = "passed its self-test in" if entry.name == "onnxruntime" else "keeps every rule of"
+    kept = (
+        "passed its self-test in" if entry.name.startswith("onnxruntime") else "keeps every rule of"
+    )
     notes = [f"{kept} {entry.checked_for}"]
     if entry.changes:
         notes.append(entry.changes)

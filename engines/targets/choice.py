@@ -16,7 +16,7 @@ from ...errors import InputError
 from ...export.capabilities import TARGETS, Refusal, check, nearest_plan
 from ...export.tensorrt.versions import Features, TensorRtVersion, features
 from ..tensorrt.library import installed_version
-from .onnxruntime_target import NAME as ONNXRUNTIME
+from .onnxruntime_files import ONNXRUNTIME_FILES
 from .onnxruntime_target import notes_for
 from .options import BEST, REFERENCE, TargetOptions
 
@@ -62,8 +62,9 @@ def choose(options: TargetOptions, plan: QuantizationPlan, linears: Sequence[Lin
         if name == BEST:
             notes.append(f"tensorrt is {resolved}: the nearest to the plan that {version} runs")
         made = _fitting(made, linears, resolved, version, notes, degrade=degrade)
-    if ONNXRUNTIME in asked:
-        notes += notes_for(made, linears)
+    for name in asked:
+        if name in ONNXRUNTIME_FILES:
+            notes += notes_for(made, linears, name)
     for name in asked:  # what one target needed may be what another cannot run
         if refusals := _refusals(made, linears, name, version):
             raise InputError(

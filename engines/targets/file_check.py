@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...calibrate.checkpoint import QuantizedCheckpoint
 from ..onnxruntime_engine import OnnxRuntimeEngine
 from ..parity_inputs import spread
 from ..parity_measure import Comparer
+from ..session_settings import CPU
 
 _SAMPLES, _FEW_SAMPLES = 4, 1  # of a small model and of a large one
 _SEED = 0
@@ -26,6 +28,7 @@ def file_numbers(
     *,
     device: str,
     threads: int | None,
+    providers: Sequence[str] = (CPU,),
 ) -> dict[str, Any]:
     """{'file_vs_simulation': relative error of the predicted noise, 'compared_inputs': how many}.
 
@@ -36,7 +39,7 @@ def file_numbers(
     family = checkpoint.family
     simulation = checkpoint.build_denoiser(device, torch.float32)
     names = [spec.name for spec in family.inputs(simulation)]
-    engine = OnnxRuntimeEngine(path, threads=threads)
+    engine = OnnxRuntimeEngine(path, threads=threads, providers=providers)
     comparer = Comparer()
     try:
         for row in zip(*(tensor.split(1) for tensor in inputs), strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,18 @@ from ...files import sha256_of_file, write_json
 from ...memory import release_memory
 from ...progress import Progress
 from ..report.targets_schema import TARGETS_NAME, TargetEntry, write_targets_file
+from ..session_settings import CPU
 from ..tensorrt.target import TensorRtFiles, facts_json, no_engine_reason, target_entry
 from ..workspace import Workspace
 from .choice import Choice
 from .file_check import file_numbers
-from .onnxruntime_target import NAME as ONNXRUNTIME
-from .onnxruntime_target import as_computed, onnxruntime_entry, target_path, write_onnxruntime
+from .onnxruntime_files import ONNXRUNTIME_FILES, OnnxRuntimeFile
+from .onnxruntime_target import (
+    as_computed,
+    comparing_providers,
+    onnxruntime_entry,
+    write_onnxruntime,
+)
 from .options import BEST, TargetOptions
 
 RANGES_STEP = "input-ranges"
@@ -76,8 +82,9 @@ def write_targets(job: TargetJob) -> tuple[TargetEntry, ...]:
     file cannot be written or an engine cannot be built.
     """
     made = dict(_tensorrt_entries(job)) if any(map(_is_tensorrt, job.choice.targets)) else {}
-    if ONNXRUNTIME in job.choice.targets:
-        made[ONNXRUNTIME] = _onnxruntime_entry(job)
+    for target in job.choice.targets:
+        if target in ONNXRUNTIME_FILES:
+            made[target] = _onnxruntime_entry(job, ONNXRUNTIME_FILES[target])
     entries = tuple(made[target] for target in job.choice.targets)
     write_targets_file(entries, job.output / TARGETS_NAME)
     return entries
@@ -87,18 +94,23 @@ def _is_tensorrt(target: str) -> bool:
     return target.startswith(BEST)
 
 
-def _onnxruntime_entry(job: TargetJob) -> TargetEntry:
-    path = target_path(job.output)
-
+def _onnxruntime_entry(job: TargetJob, file: OnnxRuntimeFile) -> TargetEntry:
     def write() -> None:
         write_onnxruntime(
-            job.checkpoint, path, opset=job.opset, device=job.device, progress=job.progress
+            job.checkpoint,
+            file,
+            job.output,
+            opset=job.opset,
+            device=job.device,
+            progress=job.progress,
         )
 
-    computed = as_computed(job.checkpoint)
-    numbers = _write_file(job, ONNXRUNTIME, path, {"opset": job.opset}, write, computed)
-    asked = job.choice.asked[ONNXRUNTIME]
-    return onnxruntime_entry(job.checkpoint, job.output, asked, numbers)
+    computed = as_computed(job.checkpoint, file)
+    path, providers = file.path(job.output), comparing_providers(file, job.device)
+    inputs = {"opset": job.opset, "providers": providers}
+    numbers = _write_file(job, file.target, path, inputs, write, computed, providers)
+    asked = job.choice.asked[file.target]
+    return onnxruntime_entry(job.checkpoint, file, job.output, asked, numbers, providers[0])
 
 
 def _tensorrt_entries(job: TargetJob) -> Iterator[tuple[str, TargetEntry]]:
@@ -136,10 +148,12 @@ def _write_file(
     inputs: Mapping[str, Any],
     write: Callable[[], object],
     compared: QuantizedCheckpoint,
+    providers: Sequence[str] = (CPU,),
 ) -> dict[str, Any]:
     """The target's file by `write`, unless it lies there finished; its numbers.
 
-    inputs: what it follows from beside the weights; compared: what its simulation is made of.
+    inputs: what it follows from beside the weights; compared: what its simulation is made of;
+    providers: what ONNX Runtime runs it by, to compare the two.
     """
     inputs = {"weights": job.weights_digest, **inputs}
 
@@ -148,7 +162,12 @@ def _write_file(
             write()
             job.progress.say(f"comparing {path.name} with the simulation")
             numbers = file_numbers(
-                path, compared, job.samples, device=job.device, threads=job.threads
+                path,
+                compared,
+                job.samples,
+                device=job.device,
+                threads=job.threads,
+                providers=providers,
             )
         except QditError:
             raise

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...calibrate.families.base import Family
+from ...export.opsets import ComputeDtype, torch_dtype
 from ..self_test import Probe
 
 _SAMPLES, _FEW_SAMPLES = 2, 1  # of a small model and of a large one
@@ -24,10 +25,14 @@ _NUDGE = 2.0**-20
 
 
 @torch.inference_mode()
-def make_probe(checkpoint: QuantizedCheckpoint, device: str) -> Probe:
+def make_probe(
+    checkpoint: QuantizedCheckpoint, device: str, dtype: ComputeDtype = "float32"
+) -> Probe:
     """Random inputs and the float32 simulation's outputs, with a tolerance measured on them.
 
-    `checkpoint` has the plan that the file computes (`computed_plan`).
+    `checkpoint` has the plan that the file computes (`computed_plan`), `dtype` is what it computes
+    in. A float16 file may be as many times as far from the float32 simulation as the float16 one
+    is: another order of sums, another exponential, scales rounded once more cost no more than that.
     """
     family = checkpoint.family
     simulation = checkpoint.build_denoiser(device, torch.float32)
@@ -37,7 +42,11 @@ def make_probe(checkpoint: QuantizedCheckpoint, device: str) -> Probe:
     signs = torch.randint(0, 2, inputs[0].shape, generator=generator) * 2 - 1
     nudged = (inputs[0] * (1 + _NUDGE * signs), *inputs[1:])
     wanted = _run(family, simulation, inputs, device)
-    own = _run(family, simulation, nudged, device)
+    if dtype == "float32":
+        own = _run(family, simulation, nudged, device)
+    else:
+        half = checkpoint.build_denoiser(device, torch_dtype(dtype))
+        own = _run(family, half, inputs, device)
     error = float(np.linalg.norm(own - wanted) / np.linalg.norm(wanted))
     names = [spec.name for spec in family.inputs(simulation)]
     return Probe(

@@ -1,1 +1,1 @@
-"""The `onnxruntime` target: linears in the operators that ONNX Runtime runs fastest."""
+"""The targets `onnxruntime` and `onnxruntime-cuda`: linears in ONNX Runtime's own operators."""

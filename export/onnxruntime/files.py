@@ -1,4 +1,5 @@
-"""The `onnxruntime` target: the quantized model in the operators that ONNX Runtime runs fastest."""
+"""The targets `onnxruntime` and `onnxruntime-cuda`: the quantized model in the operators that ONNX
+Runtime runs fastest on a CPU, and by its CUDA provider."""
 
 from __future__ import annotations
 
@@ -13,14 +14,17 @@ from ...progress import Progress, Silent
 from ..contents import LinearContents, checkpoint_contents
 from ..lower import export_lowered
 from ..opsets import DEFAULT_OPSET, ORT_DOMAIN, check_opset
+from ..passes.lower_qdq import LowerQdqPass
 from ..write import STANDARD_DOMAINS, ExportedModel
 from .fuse_attention import FuseAttentionPass
 from .fuse_modulation import FuseModulationPass
+from .lower_cuda import LowerCudaPass
 from .lower_onnxruntime import LowerOnnxRuntimePass
 from .narrow_initializers import NarrowInitializersPass
 
 # Where an export's folder holds the file.
 FILE = Path("onnxruntime") / "model.onnx"
+CUDA_FILE = Path("onnxruntime-cuda") / "model.onnx"
 DOMAINS = (*STANDARD_DOMAINS, ORT_DOMAIN)
 
 
@@ -31,6 +35,18 @@ def onnxruntime_lowering(contents: Mapping[str, LinearContents]) -> ir.passes.Pa
         FuseModulationPass(),
         FuseAttentionPass(),
         NarrowInitializersPass(),
+    )
+
+
+def cuda_lowering(contents: Mapping[str, LinearContents]) -> ir.passes.PassBase:
+    """The passes of the target `onnxruntime-cuda`, for a model traced in float16."""
+    return ir.passes.Sequential(LowerCudaPass(contents), FuseModulationPass(), FuseAttentionPass())
+
+
+def full_precision_lowering(contents: Mapping[str, LinearContents]) -> ir.passes.PassBase:
+    """An unquantized float16 model with what the target fuses around its linears."""
+    return ir.passes.Sequential(
+        LowerQdqPass(contents, "float16"), FuseModulationPass(), FuseAttentionPass()
     )
 
 
@@ -68,5 +84,32 @@ def export_onnxruntime(
         opset=opset,
         progress=progress or Silent(),
         lowering=onnxruntime_lowering(contents),
+        domains=DOMAINS,
+    )
+
+
+def export_onnxruntime_cuda(
+    checkpoint: QuantizedCheckpoint,
+    path: Path,
+    *,
+    opset: int = DEFAULT_OPSET,
+    progress: Progress | None = None,
+) -> ExportedModel:
+    """Write `checkpoint` as a float16 ONNX file for ONNX Runtime's CUDA provider.
+
+    As `export_onnxruntime` otherwise.
+    """
+    check_opset(opset)
+    contents = checkpoint_contents(checkpoint)
+    return export_lowered(
+        checkpoint.skeleton(),
+        checkpoint.family,
+        contents,
+        Path(path),
+        name=checkpoint.model_name,
+        dtype="float16",
+        opset=opset,
+        progress=progress or Silent(),
+        lowering=cuda_lowering(contents),
         domains=DOMAINS,
     )

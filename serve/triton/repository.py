@@ -30,6 +30,7 @@ from .config import DEFAULT_MAX_BATCH, Device, TritonModel
 CONFIG = "config.pbtxt"
 _VERSION = "1"
 _ONNX_FILES = ("onnxruntime/model.onnx", "model.onnx")  # the faster first
+_CUDA_FILE = "onnxruntime-cuda/model.onnx"  # for Triton's ONNX Runtime on a GPU, before both
 _TENSORRT = ("tensorrt-plugin", "tensorrt-int8", "tensorrt-int4")
 _EXACT = _TENSORRT[:1]  # what auto may take: the others mean something else than the plan
 
@@ -62,12 +63,12 @@ def triton_source(
 ) -> Source:
     """The model of an exported folder as a server should run it.
 
-    `engine`: onnxruntime (`onnxruntime/model.onnx`, else the reference form), qdq (the reference
-    form), a built tensorrt-plugin, -int8 or -int4, or auto, which prefers tensorrt-plugin where
-    `device` is not 'cpu'. `device` is cuda for TensorRT and else cpu by default; `settings` are
-    the rest of `TritonModel`. Raises `InputError` where the folder has no such file,
-    `ArtifactError` for a damaged checkpoint, an ONNX file that is not of it, or an engine that is
-    not the one built.
+    `engine`: onnxruntime (`onnxruntime/model.onnx`, or on cuda `onnxruntime-cuda/model.onnx`, else
+    the reference form), qdq (the reference form), a built tensorrt-plugin, -int8 or -int4, or auto,
+    which prefers tensorrt-plugin where `device` is not 'cpu'. `device` is cuda for TensorRT and
+    else cpu by default; `settings` are the rest of `TritonModel`. Raises `InputError` where the
+    folder has no such file, `ArtifactError` for a damaged checkpoint, an ONNX file that is not of
+    it, or an engine that is not the one built.
     """
     checkpoint = QuantizedCheckpoint.read(folder)
     named = name or _slug(f"{checkpoint.model_name}-{checkpoint.plan.bits}")
@@ -83,7 +84,8 @@ def triton_source(
         most = min(max_batch, int(manifest.settings["batch"]["most"]))
         model = TritonModel(named, "tensorrt", inputs, outputs, device or "cuda", most, **settings)
         return Source(engine_path(onnx_path), model)
-    files = {"qdq": _ONNX_FILES[1:]}.get(engine, _ONNX_FILES)
+    fast = (_CUDA_FILE, *_ONNX_FILES) if device == "cuda" else _ONNX_FILES
+    files = {"qdq": _ONNX_FILES[1:]}.get(engine, fast)
     path = next((folder / file for file in files if (folder / file).is_file()), None)
     if engine not in ("auto", "onnxruntime", "qdq") or path is None:
         raise InputError(

@@ -8,7 +8,11 @@ import pytest
 
 from qdit.engines.bench_job import run_bench
 from qdit.engines.options import SchemeOptions, ValidateOptions, build_options
-from qdit.engines.session_settings import parse_session_options, providers_of
+from qdit.engines.session_settings import (
+    parse_provider_options,
+    parse_session_options,
+    providers_of,
+)
 from qdit.engines.validate_job import run_validate
 from qdit.errors import InputError
 from qdit.progress import Silent
@@ -23,6 +27,8 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
         (None, "cuda:1", [CUDA, CPU]),
         (CPU, "cuda", [CPU]),
         ("DnnlExecutionProvider", "cpu", ["DnnlExecutionProvider", CPU]),
+        ("cuda", "cpu", [CUDA, CPU]),
+        ("cpu", "cuda", [CPU]),
     ],
 )
 def test_the_named_provider_comes_first(
@@ -49,6 +55,28 @@ def test_one_given_twice_is_refused() -> None:
         parse_session_options(["session.a=1", "session.a=2"])
 
 
+def test_provider_options_need_no_dot() -> None:
+    assert parse_provider_options(["enable_cuda_graph=1"]) == {"enable_cuda_graph": "1"}
+
+
+@pytest.mark.parametrize("entry", ["enable_cuda_graph", "=1", "use_tf32="])
+def test_other_forms_of_provider_options_are_refused(entry: str) -> None:
+    with pytest.raises(InputError, match="provider option must look like enable_cuda_graph=1"):
+        parse_provider_options([entry])
+
+
+def test_a_provider_option_given_twice_is_refused() -> None:
+    with pytest.raises(InputError, match="provider option use_tf32 is given twice"):
+        parse_provider_options(["use_tf32=0", "use_tf32=1"])
+
+
+def test_an_engine_that_would_not_read_provider_options_is_refused(tmp_path: Path) -> None:
+    flags = {"engine": "torch", "provider_option": ("use_tf32=0",)}
+    options = build_options(ValidateOptions, flags)
+    with pytest.raises(InputError, match="--provider-option is read by ONNX Runtime"):
+        run_validate(tmp_path, options, None, "qdit-validate", Silent())
+
+
 def test_an_engine_that_would_not_read_them_is_refused(tmp_path: Path) -> None:
     options = build_options(ValidateOptions, {"engine": "torch", "provider": CPU})
     with pytest.raises(InputError, match="--provider is read by ONNX Runtime, got --engine torch"):
@@ -56,7 +84,7 @@ def test_an_engine_that_would_not_read_them_is_refused(tmp_path: Path) -> None:
 
 
 def test_targets_that_would_not_read_them_are_refused() -> None:
-    with pytest.raises(InputError, match=r"are read by fp32, qdq, .* got --targets torch"):
+    with pytest.raises(InputError, match=r"are read by fp32, fp16, qdq, .* got --targets torch"):
         run_bench(
             "random:DiT-S/8", SchemeOptions(), targets=("torch",), provider=CPU,
             command="", progress=Silent(),

@@ -19,7 +19,7 @@ from qdit.calibrate.quantizers import (
     quantize_activation,
     quantize_weight_nearest,
 )
-from qdit.calibrate.schemes import GROUP_SIZES, PRESETS, LayerScheme, preset_bits
+from qdit.calibrate.schemes import GROUP_SIZES, PRESETS, LayerScheme, WeightGroup, preset_bits
 from qdit.errors import InputError
 from qdit.export.capabilities import (
     TARGETS,
@@ -30,6 +30,7 @@ from qdit.export.capabilities import (
     nearest_plan,
     realizations,
 )
+from qdit.export.onnxruntime.cuda_rules import cuda_block, realize_onnxruntime_cuda
 
 _WIDTH = 1152
 
@@ -69,6 +70,12 @@ class TestRules:
             ("onnxruntime", {"activation_group": "token"}, "of 128, finer than token"),
             ("onnxruntime", {"weight_group": 64}, "of 64, finer than 128"),
             ("onnxruntime", {"activation_group": 144, "weight_group": 144}, "no block of 32, 64"),
+            ("onnxruntime-cuda", {}, "no product of quantized activations: they stay float16"),
+            (
+                "onnxruntime-cuda",
+                {"weight_group": "channel", "activation_group": "token"},
+                "no product of quantized activations",
+            ),
             ("tensorrt-plugin", {"weight_group": 144}, "multiples of 32, got 144"),
             ("tensorrt-plugin", {"activation_group": 144}, "multiples of 32, got 144"),
             ("tensorrt-plugin", {"activation_bits": 16, "weight_group": 144}, "of 32, got 144"),
@@ -113,6 +120,9 @@ class TestRules:
             ("tensorrt-int8", {"activation_bits": 16, "scale_format": "integer"}),
             ("tensorrt-int4", {"activation_bits": 16, "scale_format": "integer"}),
             ("onnxruntime", {"activation_bits": 16, "weight_group": 96}),
+            ("onnxruntime-cuda", {"activation_bits": 16}),
+            ("onnxruntime-cuda", {"activation_bits": 16, "weight_group": 144}),
+            ("onnxruntime-cuda", {"activation_bits": 16, "scale_format": "integer"}),
             ("tensorrt-plugin", {"weight_group": 96, "activation_group": "token"}),
             ("tensorrt-plugin", {"activation_bits": 4, "activation_symmetric": False}),
             ("tensorrt-int8", {"activation_bits": 16, "weight_group": "channel"}),
@@ -160,6 +170,27 @@ class TestRules:
 
 class TestRealizations:
     """What a target that writes every plan makes of a linear."""
+
+    def test_the_cuda_provider_leaves_activations_unquantized(self) -> None:
+        for scheme in _every_scheme():
+            plan = QuantizationPlan("custom", {"linear": scheme})
+            made = realizations(plan, [_spec()], "onnxruntime-cuda")["linear"]
+            assert made.scheme == scheme.weight_only()
+            assert bool(made.reason) == scheme.quantizes_activations
+            assert made.is_native()
+
+    @pytest.mark.parametrize(
+        ("group", "block"),
+        [(32, 32), (64, 64), (96, 32), (128, 128), (144, None), (192, 64), (256, 128),
+         (384, 128), ("channel", 128)],
+    )  # fmt: skip
+    def test_its_blocks_divide_the_weight_groups(
+        self, group: WeightGroup, block: int | None
+    ) -> None:
+        scheme = LayerScheme(weight_group=group)
+        assert cuda_block(_spec(), scheme) == block
+        form = realize_onnxruntime_cuda(_spec(), scheme).form
+        assert form == ("dequantized" if block is None else "nbits-float16")
 
     @pytest.mark.parametrize("target", ["qdq", "onnxruntime"])
     def test_every_scheme_becomes_something_no_coarser(self, target: str) -> None:
@@ -215,6 +246,7 @@ class TestNearestPlans:
             ("onnxruntime", {"activation_group": 96, "weight_group": 96},
              {"activation_group": 32, "weight_group": 96}),
             ("onnxruntime", {"activation_bits": 4}, {}),
+            ("onnxruntime-cuda", {}, {"activation_bits": 16}),
             ("onnxruntime", {"activation_group": "token"}, {}),
             ("tensorrt-plugin", {"weight_group": 144, "activation_group": "token"},
              {"weight_group": 128, "activation_group": "token"}),

@@ -15,7 +15,7 @@ from qdit.calibrate.sampling import SamplingSettings, sample_images
 from qdit.calibrate.sources import load_model
 from qdit.engines.at_hand import engine_names, open_engine
 from qdit.engines.kinds.kind import EngineSettings
-from qdit.errors import InputError
+from qdit.errors import ArtifactError, InputError
 from qdit.export.onnxruntime.files import export_onnxruntime
 from qdit.serve.backend import Generation, ImageUpdate
 from qdit.serve.images import encode_sample
@@ -48,10 +48,12 @@ class TestEngines:
         opened = open_engine(exported, settings=CPU, say=said.append)
         assert opened.kind.name == "qdq"
         assert said[1].startswith("engine torch passed over: it runs on CUDA devices")
-        assert said[2] == "engine onnxruntime passed over: the folder has no onnxruntime/model.onnx"
+        assert said[3] == "engine onnxruntime passed over: the folder has no onnxruntime/model.onnx"
 
     def test_by_name(self, exported: Path) -> None:
-        assert engine_names()[:4] == ("tensorrt-plugin", "torch", "onnxruntime", "qdq")
+        assert engine_names()[:5] == (
+            "tensorrt-plugin", "torch", "onnxruntime-cuda", "onnxruntime", "qdq"
+        )  # fmt: skip
         with pytest.raises(InputError, match=r"engine torch cannot run .*CUDA devices"):
             open_engine(exported, "torch", CPU)
         with pytest.raises(InputError, match=r"auto or one of .*qdq, .*got 'magic'"):
@@ -60,6 +62,16 @@ class TestEngines:
     def test_none_will_do(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"no engine .*torch: .*; onnxruntime: .*; qdq: "):
             open_engine(tmp_path, settings=CPU)
+
+    def test_every_onnx_file_is_verified_before_one_is_opened(
+        self, exported: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "folder"
+        shutil.copytree(exported, folder)
+        (folder / "onnxruntime-cuda").mkdir()
+        (folder / "onnxruntime-cuda" / "model.onnx").write_bytes(b"damaged")
+        with pytest.raises(ArtifactError, match=r"onnxruntime-cuda/model\.onnx is not a readable"):
+            load_served(folder, "qdq", CPU, None, lambda message: None)
 
     def test_one_that_does_not_open_is_passed_over(self, exported: Path, tmp_path: Path) -> None:
         (tmp_path / "onnxruntime").mkdir()

@@ -33,6 +33,7 @@ class OnnxRuntimeRunner:
             path,
             providers=providers_of(settings.provider, settings.device),
             session_options=settings.session_options,
+            provider_options=settings.provider_options,
             threads=settings.threads,
             fold_weights=fold_weights,
         )
@@ -82,6 +83,26 @@ class FullPrecision:
         return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
 
 
+class HalfPrecision:
+    """The full-precision model as ONNX in float16, attention and modulation fused.
+
+    As the target `onnxruntime-cuda` but for its weights: what quantizing them gains and costs.
+    """
+
+    def prepare(self, subject: Subject, folder: Path) -> Prepared:
+        from ....export.full_precision import export_full_precision
+        from ....export.onnxruntime.files import full_precision_lowering
+
+        path = folder / "model.onnx"
+        export_full_precision(
+            subject.full_precision(), path, dtype="float16", lowering=full_precision_lowering
+        )
+        return Prepared({"path": str(path)}, onnx_bytes(path))
+
+    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
+        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+
+
 class Qdq:
     """The quantized model as its standard ONNX file, weights dequantized once at load."""
 
@@ -105,19 +126,27 @@ class QdqPacked(Qdq):
 class OnnxRuntimeTarget:
     """The file of the target `onnxruntime`: the exported folder's own, else written from it."""
 
+    target = "onnxruntime"
+
     def prepare(self, subject: Subject, folder: Path) -> Prepared:
         from ....calibrate.checkpoint import QuantizedCheckpoint
-        from ....export.onnxruntime.files import FILE, export_onnxruntime
+        from ...targets.onnxruntime_files import ONNXRUNTIME_FILES
 
-        checkpoint = subject.quantized_folder()
-        path = checkpoint / FILE
+        file, checkpoint = ONNXRUNTIME_FILES[self.target], subject.quantized_folder()
+        path = file.path(checkpoint)
         if not path.is_file():
             path = folder / "model.onnx"
-            export_onnxruntime(QuantizedCheckpoint.read(checkpoint), path)
+            file.exported(QuantizedCheckpoint.read(checkpoint), path)
         return Prepared({"path": str(path)}, onnx_bytes(path))
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
         return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+
+
+class OnnxRuntimeCudaTarget(OnnxRuntimeTarget):
+    """The file of the target `onnxruntime-cuda`, likewise."""
+
+    target = "onnxruntime-cuda"
 
 
 def onnx_bytes(path: Path) -> int:

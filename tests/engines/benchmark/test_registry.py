@@ -11,9 +11,9 @@ from qdit.engines.benchmark.registry import TARGETS, registrations
 from qdit.errors import InputError
 
 KNOWN = (
-    "fp32, qdq, qdq-packed, onnxruntime, tensorrt-fp16, tensorrt-plugin, tensorrt-int8, "
-    "tensorrt-int4, torch, torch-bf16, torch-compile, torch-quantized, torch-simulation, "
-    "ort-dynamic, torchao-int8, openvino, openvino-int8"
+    "fp32, fp16, qdq, qdq-packed, onnxruntime, onnxruntime-cuda, tensorrt-fp16, "
+    "tensorrt-plugin, tensorrt-int8, tensorrt-int4, torch, torch-bf16, torch-compile, "
+    "torch-quantized, torch-simulation, ort-dynamic, torchao-int8, openvino, openvino-int8"
 )
 
 

@@ -41,7 +41,8 @@ def test_auto_takes_what_is_exact_before_it(exported: Path) -> None:
     said: list[str] = []
     assert open_engine(exported, say=said.append).kind is tensorrt_kinds.INT8  # nothing else there
     assert [line.split(" passed over")[0] for line in said] == [
-        "engine tensorrt-plugin", "engine torch", "engine onnxruntime", "engine qdq"
+        "engine tensorrt-plugin", "engine torch", "engine onnxruntime-cuda", "engine onnxruntime",
+        "engine qdq",
     ]  # fmt: skip
 
 

@@ -83,6 +83,15 @@ def test_the_faster_form_is_preferred_and_the_reference_can_be_asked_for(folder:
     assert triton_source(folder, "qdq").path == folder / "model.onnx"
 
 
+def test_on_a_gpu_the_cuda_providers_form_is_preferred(folder: Path) -> None:
+    for name in ("onnxruntime", "onnxruntime-cuda"):
+        (folder / name).mkdir()
+        (folder / name / "model.onnx").write_bytes((folder / "model.onnx").read_bytes())
+    assert triton_source(folder, device="cuda").path.parent.name == "onnxruntime-cuda"
+    assert triton_source(folder, "onnxruntime").path.parent.name == "onnxruntime"
+    assert triton_source(folder, "qdq", device="cuda").path == folder / "model.onnx"
+
+
 @pytest.mark.parametrize(("version", "dtype"), [("8.6.0", "TYPE_INT32"), ("10.9.0", "TYPE_INT64")])
 def test_a_built_tensorrt_engine_is_taken_with_its_profile(
     folder: Path, tmp_path: Path, version: str, dtype: str
