@@ -433,8 +433,8 @@ def _validate(
         str,
         typer.Option(
             help="What is proven: onnxruntime (model.onnx on the CPU), onnxruntime-target "
-            "(onnxruntime/model.onnx on the CPU, or with --provider cuda "
-            "onnxruntime-cuda/model.onnx), torch (the CUDA kernels), "
+            "(onnxruntime/model.onnx on the CPU), onnxruntime-cuda (onnxruntime-cuda/model.onnx by "
+            "the CUDA provider, or the one named), torch (the CUDA kernels), "
             "tensorrt-plugin, tensorrt-int8, tensorrt-int4, or tensorrt for the one there."
         ),
     ] = "onnxruntime",

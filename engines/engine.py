@@ -24,6 +24,7 @@ _Loaded = TypeVar("_Loaded", bound="LoadedEngine")
 ENGINE_TITLES = {
     "onnxruntime": "ONNX Runtime",
     "onnxruntime-target": "ONNX Runtime (target)",
+    "onnxruntime-cuda": "ONNX Runtime (CUDA's file)",
     "torch": "torch engine",
     "tensorrt": "TensorRT",
 }

@@ -40,6 +40,7 @@ ComputeDtype = Literal["float32", "float16"]
 EngineName = Literal[
     "onnxruntime",
     "onnxruntime-target",
+    "onnxruntime-cuda",
     "torch",
     "tensorrt",
     "tensorrt-plugin",

@@ -126,16 +126,15 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
     """`onnxruntime/model.onnx`, or `onnxruntime-cuda/model.onnx`, in ONNX Runtime, likewise.
 
     The checkpoint of the proof has the plan that the file computes. What is folded at load is what
-    unpacks the file's weights, so it always is.
+    unpacks the file's weights, so it always is. `name` says which of the two it is.
     """
-
-    name = "onnxruntime-target"
 
     def __init__(
         self,
         path: Path,
         dtype: str,
         *,
+        name: str = "onnxruntime-target",
         threads: int | None = None,
         provider: str | None = None,
         session_options: Mapping[str, str] | None = None,
@@ -149,6 +148,7 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
             session_options=session_options,
             provider_options=provider_options,
         )
+        self.name = name
 
 
 class TorchProof:

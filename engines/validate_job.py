@@ -21,10 +21,13 @@ from .proof_engine import OnnxRuntimeProof, OnnxRuntimeTargetProof, ProofEngine,
 from .proof_job import ONNX_NAME, ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .report.targets_schema import TARGETS_NAME, read_targets
-from .session_settings import parse_provider_options, parse_session_options, providers_of
-from .targets.onnxruntime_files import OnnxRuntimeFile, file_for
+from .session_settings import CUDA, parse_provider_options, parse_session_options, providers_of
+from .targets.onnxruntime_files import ON_CUDA, OnnxRuntimeFile, file_for
 from .targets.onnxruntime_target import as_computed
 from .workspace import Workspace
+
+# Those of the targets' files, which may compute another plan than the checkpoint's.
+_TARGET_ENGINES = ("onnxruntime-target", "onnxruntime-cuda")
 
 
 def run_validate(
@@ -35,7 +38,7 @@ def run_validate(
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
-    if options.engine == "onnxruntime-target":
+    if options.engine in _TARGET_ENGINES:
         checkpoint = as_computed(checkpoint, _target_file(options))
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -80,13 +83,14 @@ def _engine(
         return TensorRtProof(path, progress=progress, threads=options.threads)
     session: dict[str, Any] = {
         "threads": options.threads,
-        "provider": options.provider,
+        "provider": options.provider or (CUDA if options.engine == "onnxruntime-cuda" else None),
         "session_options": parse_session_options(options.session_option),
         "provider_options": parse_provider_options(options.provider_option),
     }
-    if options.engine == "onnxruntime-target":
+    if options.engine in _TARGET_ENGINES:
         file = _target_file(options)
-        return OnnxRuntimeTargetProof(file.existing(folder), file.dtype, **session)
+        name = "onnxruntime-cuda" if file is ON_CUDA else "onnxruntime-target"
+        return OnnxRuntimeTargetProof(file.existing(folder), file.dtype, name=name, **session)
     if options.engine == "torch":
         if not device.startswith("cuda"):
             raise InputError(
@@ -106,7 +110,10 @@ def _engine(
 
 
 def _target_file(options: ValidateOptions) -> OnnxRuntimeFile:
-    """The file of the provider that the proof runs by: the CPU's unless another one is named."""
+    """The engine's file: CUDA's where it is named, else that of the provider that it runs by, which
+    is the CPU's unless another one is named. The CPU provider runs CUDA's file too, slowly."""
+    if options.engine == "onnxruntime-cuda":
+        return ON_CUDA
     return file_for(providers_of(options.provider)[0])
 
 

@@ -136,6 +136,13 @@ class TestProof:
         assert file_for(CPU) is ON_CPU
         assert file_for("DnnlExecutionProvider") is ON_CPU
 
+    def test_the_cuda_provider_is_the_default_of_its_file(self, exported: Path) -> None:
+        if CUDA in onnxruntime.get_available_providers():
+            pytest.skip("this ONNX Runtime has the CUDA provider")
+        options = build_options(ValidateOptions, {"engine": "onnxruntime-cuda", "device": "cpu"})
+        with pytest.raises(InputError, match="has no provider CUDAExecutionProvider"):
+            run_validate(exported, options, None, "qdit-validate", Silent())
+
     def test_a_folder_without_the_file_is_refused(self, exported: Path, tmp_path: Path) -> None:
         for name in ("qdit.json", "weights.safetensors", "model.onnx"):
             (tmp_path / name).write_bytes((exported / name).read_bytes())
@@ -156,18 +163,16 @@ class TestProof:
         ],
     )
     def test_every_linear_and_the_denoiser_keep_their_bounds(
-        self, exported: Path, provider: str, monkeypatch: pytest.MonkeyPatch
+        self, exported: Path, provider: str
     ) -> None:
         if provider not in onnxruntime.get_available_providers():
             pytest.skip(f"this ONNX Runtime has no {provider}: install onnxruntime-gpu")
         flags = {"fid_samples": 0, "num_inference_steps": 2, "device": "cpu"}
-        flags |= {"engine": "onnxruntime-target", "provider": provider}
-        if provider == CPU:  # the file's float16 operators are the CPU provider's as well
-            monkeypatch.setattr("qdit.engines.validate_job.file_for", lambda _: ON_CUDA)
+        flags |= {"engine": "onnxruntime-cuda", "provider": provider}
         options = build_options(ValidateOptions, flags)
         assert run_validate(exported, options, None, "qdit-validate", Silent())
         report = read_report(exported / "report.json")
-        assert report.parity.dtype == "float16"
+        assert (report.parity.engine, report.parity.dtype) == ("onnxruntime-cuda", "float16")
         checks = {check.name: check for check in report.parity.checks}
         for name in ("linears_same_input", "denoiser_bound"):
             assert checks[name].outcome == "passed"
