@@ -71,7 +71,7 @@ class OnnxRuntimeEngine(LoadedEngine):
         if not self.path.is_file():
             raise InputError(f"no ONNX file at {self.path}; export the model first")
         wanted = list(providers or [CPU])
-        _check_available(wanted)
+        check_available(wanted)
         options = _session_options(threads, fold_weights, optimize)
         for key, value in (session_options or {}).items():
             _add_entry(options, key, value)
@@ -187,7 +187,8 @@ def _run_in_turn(session: Any, names: Sequence[str], inputs: Arrays) -> dict[str
     return {name: made.pop().numpy() for name in names}
 
 
-def _check_available(providers: Sequence[str]) -> None:
+def check_available(providers: Sequence[str]) -> None:
+    """Raise `InputError` for a provider that this ONNX Runtime was built without."""
     available = onnxruntime.get_available_providers()
     for name in providers:
         if name not in available:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.families.base import Denoiser, Family
 from ..files import sha256_of_file
-from .onnxruntime_engine import OnnxRuntimeEngine
+from .onnxruntime_engine import OnnxRuntimeEngine, check_available
 from .parity_internals import ExposedValues, exposed_values
 from .session_settings import CPU, providers_of
 
@@ -83,6 +83,7 @@ class OnnxRuntimeProof:
     ) -> None:
         self.path = path
         self._providers = providers_of(provider)
+        check_available(self._providers)  # before the simulations run, which take longest
         self._session_options = dict(session_options or {})
         self._provider_options = dict(provider_options or {})
         self.on_gpu = self._providers[0] not in (CPU, "DnnlExecutionProvider")

@@ -140,7 +140,11 @@ class TestProof:
         if CUDA in onnxruntime.get_available_providers():
             pytest.skip("this ONNX Runtime has the CUDA provider")
         options = build_options(ValidateOptions, {"engine": "onnxruntime-cuda", "device": "cpu"})
-        with pytest.raises(InputError, match="has no provider CUDAExecutionProvider"):
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(InputError, match="has no provider CUDAExecutionProvider"),
+        ):
+            patch.setattr("qdit.engines.validate_job.load_model", None)  # before any work
             run_validate(exported, options, None, "qdit-validate", Silent())
 
     def test_a_folder_without_the_file_is_refused(self, exported: Path, tmp_path: Path) -> None:
