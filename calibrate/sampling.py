@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -153,47 +154,79 @@ class Trajectory:
         self.timesteps = set_steps(self.scheduler, settings.num_inference_steps)
         self.position = 0  # of the step that `rows` asks for
         self._options = _step_options(self.scheduler, indices, settings.seed)
-        self._labels = labels_for(indices, model.class_count).to(device)
-        self._null_labels = torch.full_like(self._labels, model.null_label)
+        self._labels: list[int] = labels_for(indices, model.class_count).tolist()
+        self._null_labels = [model.null_label] * len(self._labels)
         noise = initial_noise(indices, model.sample_shape, settings.seed).to(device)
         self.x: Tensor = noise * float(self.scheduler.init_noise_sigma)
         self._input: Tensor | None = None  # of this step, once it was asked for
         self._last: tuple[Tensor, Tensor, int] | None = None  # input, prediction, timestep
+        self.sample_count = len(indices)
+        self._coefficients: Tensor | None = None
 
     @property
     def steps_left(self) -> int:
         return len(self.timesteps) - self.position
 
     @property
+    def timestep(self) -> int:
+        """Of the step that `rows` asks for."""
+        return self.timesteps[self.position]
+
+    @property
+    def halves(self) -> int:
+        """How often each sample is in `rows`: with its label, and under guidance without."""
+        return 1 if self.guidance == 1.0 else 2
+
+    @property
     def row_count(self) -> int:
         """Rows of one denoiser call: two a sample under guidance, else one."""
-        return len(self.x) if self.guidance == 1.0 else 2 * len(self.x)
+        return self.halves * self.sample_count
+
+    @property
+    def label_rows(self) -> list[int]:
+        """The labels of `rows`."""
+        return self._labels + self._null_labels * (self.halves - 1)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The denoiser's inputs: x [row_count, C, H, W], timesteps and labels [row_count].
 
         Under guidance the conditional half comes first.
         """
-        x, labels = self._scaled_input(), self._labels
-        if self.guidance != 1.0:
-            x, labels = torch.cat([x, x]), torch.cat([labels, self._null_labels])
-        return x, torch.full_like(labels, self.timesteps[self.position]), labels
+        x = torch.cat([self.scaled_input()] * self.halves)
+        labels = torch.tensor(self.label_rows, device=x.device)
+        return x, torch.full_like(labels, self.timestep), labels
 
     @torch.no_grad()
     def advance(self, prediction: Tensor) -> None:
         """Take one step by the noise predicted for `rows` [row_count, C, H, W]."""
-        seen, epsilon = self._scaled_input(), prediction.to(self.x)
+        epsilon = prediction.to(self.x)
         if self.guidance != 1.0:
             with_label, without = epsilon.chunk(2)
             epsilon = without + self.guidance * (with_label - without)
+        self.step_by(epsilon)
+
+    def step_by(self, epsilon: Tensor) -> None:
+        """Take one step by noise [n, C, H, W] that guidance has gone into. Raises what the
+        scheduler raises, and has not moved then."""
+        seen = self.scaled_input()
         # the scheduler's own tensor: its steps look themselves up by it
         own_timestep = self.scheduler.timesteps[self.position]
         step = self.scheduler.step(epsilon, own_timestep, self.x, **self._options)
-        self._last = seen, epsilon, self.timesteps[self.position]
-        self.x, self._input = step.prev_sample, None
+        self.take(step.prev_sample, seen, epsilon)
+
+    def take(self, x: Tensor, seen: Tensor, epsilon: Tensor) -> None:
+        """Move on to `x` [n, C, H, W], which a step made of the input `seen` and its noise."""
+        self._last = seen, epsilon, self.timestep
+        self.x, self._input = x, None
         self.position += 1
 
-    def _scaled_input(self) -> Tensor:
+    def coefficients(self, of: Callable[[Any], Tensor]) -> Tensor:
+        """What `of` makes of the scheduler, once."""
+        if self._coefficients is None:
+            self._coefficients = of(self.scheduler)
+        return self._coefficients
+
+    def scaled_input(self) -> Tensor:
         """x [n, C, H, W] as this scheduler's denoiser wants to see it."""
         if self._input is None:
             own_timestep = self.scheduler.timesteps[self.position]
@@ -229,9 +262,14 @@ def _take_step(trajectory: Trajectory, denoiser: Denoiser, on_step: OnStep | Non
     trajectory.advance(denoiser(x, timesteps, labels))
 
 
+@cache
+def _takes_generator(step: Callable[..., Any]) -> bool:
+    return "generator" in inspect.signature(step).parameters
+
+
 def _step_options(scheduler: Any, indices: Sequence[int], seed: int) -> dict[str, Any]:
     """Generators for schedulers that add noise in their steps: one a sample, so batches agree."""
-    if "generator" not in inspect.signature(scheduler.step).parameters:
+    if not _takes_generator(type(scheduler).step):
         return {}
     seeds = [
         np.random.SeedSequence([seed, index, _NOISE_OF_STEPS]).generate_state(1, np.uint64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
@@ -16,7 +19,6 @@ def make_scheduler(scheduler_config: dict[str, Any], name: str | None = None) ->
     Raises `InputError` for an unknown class, and for a learned variance: sampling here drops the
     learned sigma (as DDIM and the ODE solvers do), so such a step could not be taken.
     """
-    import diffusers
     from diffusers.schedulers import KarrasDiffusionSchedulers
 
     class_name = name or scheduler_config.get("_class_name") or DEFAULT_SCHEDULER
@@ -30,9 +32,17 @@ def make_scheduler(scheduler_config: dict[str, Any], name: str | None = None) ->
             f"use 'fixed_small' or {DEFAULT_SCHEDULER}"
         )
     try:
-        return getattr(diffusers, class_name).from_config(scheduler_config)
+        # a copy takes a tenth of the time that reading a config does
+        return copy.deepcopy(_prototype(class_name, json.dumps(scheduler_config, default=str)))
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise InputError(f"cannot make a {class_name} of this config: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _prototype(class_name: str, config: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, class_name).from_config(json.loads(config))
 
 
 def set_steps(scheduler: Any, num_inference_steps: int) -> list[int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...calibrate.families.base import Denoiser
+from ...calibrate.joint_steps import advance_together, rows_together
 from ...errors import InputError
 from ..errors import ClientGoneError, EngineFailedError, RequestTimeoutError, ServeError
 from .fairness import STRETCH, FairClock
@@ -133,8 +134,7 @@ class StepMixer:
         chosen = self._policy(list(self._jobs.values()), self.max_rows)
         if not chosen:
             return None
-        rows = [sample.trajectory.rows() for sample in chosen]
-        x, timesteps, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        x, timesteps, labels = rows_together([sample.trajectory for sample in chosen])
         count = len(x)
         padding = self._padded(count) - count
         started = self._clock()
@@ -146,7 +146,7 @@ class StepMixer:
         seconds = self._clock() - started
         self._note_speed(count, seconds)
         self._fair.serve(count, len(self._jobs))
-        self._advance(chosen, predicted.split([sample.rows for sample in chosen]))
+        self._advance(chosen, predicted)
         return StepReport(len(chosen), count, count + padding, seconds)
 
     def backlog(self) -> Backlog:
@@ -183,16 +183,17 @@ class StepMixer:
         self.rows_per_second = _MEMORY * self.rows_per_second + fresh * speed
         self.seconds_per_call = _MEMORY * self.seconds_per_call + fresh * seconds
 
-    def _advance(self, chosen: Sequence[Sample], predictions: Sequence[Tensor]) -> None:
+    def _advance(self, chosen: Sequence[Sample], predicted: Tensor) -> None:
         served: set[int] = set()
-        for sample, prediction in zip(chosen, predictions, strict=True):
+        failures = advance_together([sample.trajectory for sample in chosen], predicted)
+        for sample, failure in zip(chosen, failures, strict=True):
             job = sample.job
             if job.order not in self._jobs:
                 continue  # it failed by another of its images
-            try:
-                sample.trajectory.advance(prediction)
-            except Exception as error:  # a scheduler's own; its neighbours are sound
-                self._end(job, EngineFailedError(f"the scheduler failed: {error}"))
+            if failure is not None:
+                error = EngineFailedError(f"the scheduler failed: {failure}")
+                error.__cause__ = failure
+                self._end(job, error)
                 continue
             job.steps_done += 1
             job.work_left -= sample.rows

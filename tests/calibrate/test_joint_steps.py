@@ -1,0 +1,99 @@
+"""Trajectories stepped together against the same ones stepped alone: equal to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qdit.calibrate.joint_steps import advance_together, rows_together, steps_jointly
+from qdit.calibrate.sampling import SampledModel, SamplingSettings, Trajectory
+from qdit.calibrate.schedulers import make_scheduler
+
+SHAPE = (3, 4, 4)
+DDIM: dict[str, Any] = {"_class_name": "DDIMScheduler", "beta_schedule": "linear"}
+CONFIGS = {
+    "clipped": DDIM | {"clip_sample": True, "clip_sample_range": 0.7},
+    "unclipped": DDIM | {"clip_sample": False},
+    "last alpha from the table": DDIM | {"clip_sample": False, "set_alpha_to_one": False},
+    "trailing": DDIM | {"timestep_spacing": "trailing"},
+    "thresholded": DDIM | {"thresholding": True},
+    "v prediction": DDIM | {"prediction_type": "v_prediction"},
+    "multistep": {"_class_name": "DPMSolverMultistepScheduler"},
+    "scaled input": {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    "noise in its steps": {"_class_name": "EulerAncestralDiscreteScheduler"}
+    | {"timestep_spacing": "leading"},
+}
+JOINT = ("clipped", "unclipped", "last alpha from the table", "trailing")
+
+
+def predicted(x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    """A denoiser without a batch's rounding: every row by itself."""
+    return torch.sin(3 * x + labels.view(-1, 1, 1, 1)) * (1 + timesteps.view(-1, 1, 1, 1) / 999)
+
+
+def trajectories(*names: str) -> list[Trajectory]:
+    """Different step counts, guidance scales and numbers of samples."""
+    made = []
+    for place, name in enumerate(names):
+        model = SampledModel(SHAPE, 10, 10, CONFIGS[name])
+        settings = SamplingSettings(3 + 2 * place, (1.0, 1.5, 4.0)[place % 3], seed=place)
+        made.append(Trajectory(model, settings, range(place, place + 1 + place % 2)))
+    return made
+
+
+def run_together(own: list[Trajectory]) -> None:
+    while left := [trajectory for trajectory in own if trajectory.steps_left]:
+        prediction = predicted(*rows_together(left))
+        assert advance_together(left, prediction) == [None] * len(left)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [*((name,) * 4 for name in CONFIGS), JOINT, tuple(CONFIGS)],
+    ids=[*CONFIGS, "all that step jointly", "all"],
+)
+def test_the_bits_of_each_alone(names: tuple[str, ...]) -> None:
+    together, alone = trajectories(*names), trajectories(*names)
+    run_together(together)
+    for one, other in zip(together, alone, strict=True):
+        while other.steps_left:
+            other.advance(predicted(*other.rows()))
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.foreseen(), other.foreseen())
+
+
+def test_rows_are_those_of_each_in_a_row() -> None:
+    own = trajectories(*JOINT)
+    expected = [torch.cat(parts) for parts in zip(*(t.rows() for t in own), strict=True)]
+    for made, wanted in zip(rows_together(own), expected, strict=True):
+        assert torch.equal(made, wanted)
+        assert made.dtype == wanted.dtype
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_only_ddim_on_predicted_noise_steps_jointly(name: str) -> None:
+    assert steps_jointly(make_scheduler(CONFIGS[name])) == (name in JOINT)
+
+
+def test_a_failing_scheduler_stops_its_own_trajectory_only() -> None:
+    own = trajectories("clipped", "multistep", "clipped")
+
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    own[1].scheduler.step = fail
+    errors = advance_together(own, predicted(*rows_together(own)))
+    assert [str(error) for error in errors] == ["None", "out of order", "None"]
+    assert [trajectory.position for trajectory in own] == [1, 0, 1]
+
+
+def test_schedulers_of_one_config_share_no_state() -> None:
+    first, second = (make_scheduler(CONFIGS["multistep"]) for _ in range(2))
+    first.set_timesteps(5)
+    first.step(torch.ones(1, *SHAPE), first.timesteps[0], torch.ones(1, *SHAPE))
+    assert second.model_outputs == [None, None]
+    assert second.num_inference_steps is None
+    assert len(second.timesteps) == 1000
