@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
     On an error nothing is left behind. The data is flushed to disk before the rename.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    # a thread's own: two may make the same thing at once, as kernels are compiled
+    owner = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = target.with_name(f".{target.name}.{owner}.partial")
     try:
         yield temporary
         with temporary.open("rb") as handle:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,21 @@ def test_a_target_that_cannot_be_replaced_leaves_nothing_behind(tmp_path: Path) 
     with pytest.raises(OSError), atomic_path(target) as temporary:
         temporary.write_bytes(b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_threads_may_write_one_file_at_once(tmp_path: Path) -> None:
+    target, together = tmp_path / "file.bin", threading.Barrier(8)
+
+    def write(_number: int) -> None:
+        with atomic_path(target) as temporary:
+            together.wait(10)
+            temporary.write_bytes(b"the same")
+            together.wait(10)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert target.read_bytes() == b"the same"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_a_killed_process_leaves_the_old_file(tmp_path: Path) -> None:

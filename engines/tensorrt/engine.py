@@ -72,8 +72,8 @@ class TensorRtEngine(LoadedEngine):
                 f"TensorRT {self._trt.__version__} cannot load {self.path}: {self._log.text()}; "
                 "build it again on this machine"
             )
-        self._context: Any = self._new_context()
         self._stream = int(checked(self._runtime, self._runtime.cudaStreamCreate()))
+        self._context: Any = self._new_context()
         self._names = [
             self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)
         ]
@@ -284,6 +284,10 @@ class TensorRtEngine(LoadedEngine):
         context = self._engine.create_execution_context()
         if context is None:
             raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
+        # 8.6 gives the profile to an engine's first context alone, and the others fail as they run
+        if not context.set_optimization_profile_async(0, self._stream):
+            raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
+        self._synchronize()
         return context
 
     def _launch(self, batch: int) -> None:

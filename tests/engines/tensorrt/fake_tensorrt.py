@@ -316,6 +316,14 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             self.engine = engine
             self.shapes: dict[str, tuple[int, ...]] = {}
             self.addresses: dict[str, int] = {}
+            # seen on an H200: 8.6 gives the one profile to an engine's first context alone
+            self.has_profile = not old or not engine.contexts
+            engine.contexts.append(self)
+
+        def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+            self.has_profile = profile_index == 0
+            self.shapes.clear()
+            return self.has_profile
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
             least, _, most = self.engine.profile[name]
@@ -334,6 +342,8 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             return True
 
         def execute_async_v3(self, stream_handle: int) -> bool:
+            if not self.has_profile:
+                return False  # 'Assertion mOptimizationProfile >= 0 failed'
             shapes, addresses = dict(self.shapes), dict(self.addresses)
             work = lambda: self.engine.run(shapes, addresses)  # noqa: E731
             device.launches += 1
@@ -346,6 +356,7 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
     class ICudaEngine:
         def __init__(self, data: bytes) -> None:
             size = int.from_bytes(data[:4], "little")
+            self.contexts: list[Any] = []
             self.profile = json.loads(data[4 : 4 + size])["shapes"]
             self.model = onnx.load_from_string(data[4 + size :])
             values = (*self.model.graph.input, *self.model.graph.output)
