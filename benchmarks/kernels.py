@@ -6,7 +6,8 @@ Each figure is the median over --repeats replays of a CUDA graph whose calls tak
 operands that none is found in the second-level cache; both sides are timed in turns in one run, so
 that clocks and heat are the same for both. A ratio above 1 is faster than bfloat16. Tiles are those
 that the engine would take (`qdit-tune --batch 2,16,64` first, for the best ones); --tune looks for
-them here. --parts adds the product alone and what quantizes its rows: alone, after layer
+them here, and --table keeps what it found as `qdit-tune` does (the table that ships was made so).
+--parts adds the product alone and what quantizes its rows: alone, after layer
 normalization and modulation, and after GELU.
 """
 
@@ -35,7 +36,7 @@ from qdit.engines.kernels.operands import Modulation
 from qdit.engines.kernels.product import linear
 from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.timing import Call, copies_beyond_cache, graph_microseconds
-from qdit.engines.kernels.tuning import tile_for
+from qdit.engines.kernels.tuning import tile_for, write_table
 from qdit.engines.kernels.variants import LinearKind, QuantizeKind, Tile
 from qdit.engines.kernels.weights import pack_weight
 from qdit.engines.machine import describe_machine
@@ -86,8 +87,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--table", type=Path, help="with --tune and --parts: a table of tiles")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.table and not (arguments.tune and arguments.parts):
+        parser.error("--table keeps the tiles of --tune and their times of --parts; give both")
+    return arguments
 
 
 def main() -> None:
@@ -104,6 +109,8 @@ def main() -> None:
         for count, (width, channels) in progress.track(cases, "timing", len(cases)):
             timings += time_shape(count, width, channels, tiles, arguments.repeats, arguments.parts)
     print_table(timings)
+    if arguments.table:
+        keep_tiles(arguments.table, timings)
     if arguments.json:
         write_json(
             arguments.json,
@@ -184,6 +191,16 @@ def quantized_calls(product: Product, tile: Tile) -> dict[str, list[Call]]:
         "adaLN + quantize": [partial(quantize_rows, x, normalized, modulation) for x in xs],
         "GELU + quantize": [partial(quantize_rows, x, gelu) for x in xs],
     }
+
+
+def keep_tiles(path: Path, timings: Sequence[Timing]) -> None:
+    """The tiles with the microseconds of their products, in a table that `tuning` reads."""
+    found = {}
+    for timing in timings:
+        own = Product(SCHEMES[timing.scheme], timing.width, timing.channels, timing.rows)
+        found[own.shape] = (timing.tile, timing.parts["product"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(path, torch.cuda.get_device_name(), found)
 
 
 def print_table(timings: Sequence[Timing]) -> None:

@@ -7,7 +7,8 @@
 
 Both exports on the same machine. The evolutionary curve is in its search.json: best FID after each
 generation, against the seconds that all evaluations took on their workers. The sensitivity search
-never looks at that fitness; its plan and the uniform one of the budget are judged by it here.
+never looks at that fitness; its plan is judged by it here, and so is full precision, which a plan
+of a lower FID has left behind: the second panel is how near the images stay to it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,12 @@ def record_of(folder: Path) -> SearchEntry:
     return record
 
 
+FULL_PRECISION = "full precision"
+
+
 def judge(arguments: argparse.Namespace, plans: dict[str, QuantizationPlan]) -> dict[str, Fitness]:
-    """Each plan by the evolutionary fitness, with the weights that its candidates share."""
+    """Each plan and full precision by the evolutionary fitness, with the weights that its
+    candidates share."""
     options = ExportOptions(
         model=arguments.model,
         bits=arguments.bits,
@@ -74,29 +79,37 @@ def judge(arguments: argparse.Namespace, plans: dict[str, QuantizationPlan]) -> 
         task = make_task(search, space, calibration_of(job), Path(folder))
         files = load_fid_files(options, model)
         evaluator = evaluator_payload(task, files, fitness_settings(task)).build(model.device)
-        return {label: evaluator(own) for label, own in plans.items()}
+        judged = {label: evaluator(own) for label, own in plans.items()}
+        if evaluator.full_precision is not None:
+            judged[FULL_PRECISION] = evaluator.full_precision
+        return judged
 
 
 def plan_of(folder: Path) -> QuantizationPlan:
     return QuantizationPlan.from_json(json.loads((folder / PLAN_NAME).read_text("utf-8")))
 
 
-def draw(path: Path, evolution: SearchEntry, sensitivity: SearchEntry, fitness: Fitness) -> None:
-    """FID against seconds, logarithmic in time."""
-    figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
+def draw(
+    path: Path, evolution: SearchEntry, sensitivity: SearchEntry, judged: dict[str, Fitness]
+) -> None:
+    """FID, and PSNR against full precision, over seconds; logarithmic in time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     steps = [point for point in evolution.history if point.best_fid is not None]
-    axes.step(
-        [p.seconds for p in steps],
-        [p.best_fid for p in steps],
-        where="post",
-        marker="o",
-        label="evolutionary, best so far",
+    seconds = [point.seconds for point in steps]
+    left.step(seconds, [p.best_fid for p in steps], where="post", marker="o", label="evolutionary")
+    own = judged["sensitivity"]
+    left.plot([sensitivity.seconds], [own.fid], "D", label="sensitivity")
+    if (full := judged.get(FULL_PRECISION)) is not None:
+        left.axhline(full.fid, color="gray", linestyle="--", label=FULL_PRECISION)
+    left.set_ylabel(f"FID, {evolution.images} images")
+    right.plot(
+        [seconds[-1]], [judged["evolutionary"].psnr_db], "o", label="evolutionary, at its end"
     )
-    axes.plot(
-        [sensitivity.seconds], [fitness.fid], marker="D", linestyle="none", label="sensitivity"
-    )
-    axes.set(xscale="log", xlabel="seconds on one worker", ylabel=f"FID, {evolution.images} images")
-    axes.legend(frameon=False)
+    right.plot([sensitivity.seconds], [own.psnr_db], "D", label="sensitivity")
+    right.set_ylabel("PSNR against full precision, dB")
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="seconds on one worker")
+        axes.legend(frameon=False)
     figure.savefig(path)
 
 
@@ -112,7 +125,8 @@ def main() -> None:
     )
     seconds = evolution.history[-1].seconds
     for label, own in fitness.items():
-        print(f"{label:>13}: FID {own.fid:.4f}, {own.psnr_db:.2f} dB")
+        psnr = "" if own.psnr_db is None else f", {own.psnr_db:.2f} dB"
+        print(f"{label:>14}: FID {own.fid:.4f}{psnr}")
     print(
         f"evolutionary {seconds:.0f} s, sensitivity {sensitivity.seconds:.0f} s: "
         f"{seconds / sensitivity.seconds:.0f} times"
@@ -125,7 +139,7 @@ def main() -> None:
             {"judged": judged, "evolutionary": history, "sensitivity_seconds": sensitivity.seconds},
         )
     if arguments.plot:
-        draw(arguments.plot, evolution, sensitivity, fitness["sensitivity"])
+        draw(arguments.plot, evolution, sensitivity, fitness)
 
 
 if __name__ == "__main__":
