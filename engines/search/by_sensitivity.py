@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -48,11 +48,13 @@ def search_by_sensitivity(task: SearchTask, files: FidFiles) -> Found:
         for number, plan in enumerate(task.space.plan(tuple(c.values())) for c in choices)
     )
     fitness: dict[str, Fitness] = {}
+    plans = [own.plan for own in candidates]
+    others = [own.plan for own in uniform_plans(task)]
     if len(candidates) > 1:
-        others = [own.plan for own in uniform_plans(task)]
-        plans = [own.plan for own in candidates]
         fitness = judge_plans(task, [*plans, *(others if task.on_gpu else others[-1:])], files)
-    chosen = best_plan([own.plan for own in candidates], fitness, task.options.refine_by)
+    affordable = [plan for plan in others if task.costs.total(plan) <= task.budget.value]
+    bound = fid_of_the_dearest(affordable, fitness, task.costs.total)
+    chosen = best_plan(plans, fitness, task.options.refine_by, bound)
     front = pareto_front(
         table, costs, points=_FRONT_POINTS, budgets=_uniform_costs(task), progress=task.progress
     )
@@ -96,10 +98,27 @@ def _uniform_costs(task: SearchTask) -> list[float]:
     return [task.costs.total(own.plan) - task.costs.fixed for own in uniform_plans(task)]
 
 
+def fid_of_the_dearest(
+    plans: Sequence[QuantizationPlan],
+    fitness: Mapping[str, Fitness],
+    cost: Callable[[QuantizationPlan], float],
+) -> float | None:
+    """FID of the dearest plan that was judged; None where none was, or without FID files."""
+    judged = [plan for plan in plans if plan.digest in fitness]
+    return fitness[max(judged, key=cost).digest].fid if judged else None
+
+
 def best_plan(
-    plans: Sequence[QuantizationPlan], fitness: dict[str, Fitness], by: str
+    plans: Sequence[QuantizationPlan],
+    fitness: Mapping[str, Fitness],
+    by: str,
+    fid_bound: float | None = None,
 ) -> QuantizationPlan:
-    """The plan of the best images; the first (the solver's own) where nothing was judged."""
+    """The plan of the best images; the first (the solver's own) where nothing was judged.
+
+    By PSNR only plans of a FID up to `fid_bound` are looked at, if there are any: over some hundred
+    images the nearest to full precision may still have a higher FID than what it is to beat.
+    """
     if not fitness:
         return plans[0]
 
@@ -111,4 +130,9 @@ def best_plan(
             return math.inf
         return -math.inf if found.psnr_db is None else -found.psnr_db
 
-    return min(plans, key=rank)
+    def is_bounded(plan: QuantizationPlan) -> bool:
+        fid = fitness[plan.digest].fid
+        return fid_bound is None or (fid is not None and fid <= fid_bound)
+
+    bounded = [plan for plan in plans if is_bounded(plan)]
+    return min(bounded or plans, key=rank)
