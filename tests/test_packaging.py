@@ -63,7 +63,7 @@ OPTIONAL_MODULES = [
 ]
 # The one package that may import its extra as it is imported; everything else imports it late.
 NEEDS_ITS_EXTRA = "qdit.serve.web"
-FLOORS = ["calibrate", "export", "engines", "serve", "demo"]
+FLOORS = ["calibrate", "export", "engines", "serve", "cli", "demo"]
 
 # Run in a fresh interpreter: argv[1] names the modules to refuse, argv[2] those to import.
 IMPORT_WITHOUT = """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qdit import cli
+from qdit.cli.serve import serve
 from qdit.engines.at_hand import engine_names
 from qdit.serve import errors
 from qdit.serve.errors import ClientGoneError, ServeError
@@ -17,12 +17,12 @@ from qdit.serve.web.schema import ImageRequest
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
-    return (Path(cli.__file__).parent / "docs" / "serve.md").read_text("utf-8")
+def text(repository: Path) -> str:
+    return (repository / "docs" / "serve.md").read_text("utf-8")
 
 
 def test_its_flags_exist(text: str) -> None:
-    own = {"--" + name.replace("_", "-") for name in inspect.signature(cli._serve).parameters}
+    own = {"--" + name.replace("_", "-") for name in inspect.signature(serve).parameters}
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert flags
     others = {"--help", "--target", "--rm", "--model-repository"}  # of other programs
@@ -40,9 +40,7 @@ def test_every_engine_is_in_the_table(text: str) -> None:
 
 def test_every_engine_is_in_the_help() -> None:
     (option,) = (
-        option
-        for option in inspect.signature(cli._serve).parameters.values()
-        if option.name == "engine"
+        option for option in inspect.signature(serve).parameters.values() if option.name == "engine"
     )
     assert {name for name in engine_names() if name not in str(option.annotation)} == set()
 

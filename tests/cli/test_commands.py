@@ -16,6 +16,7 @@ import pytest
 
 from qdit import cli
 from qdit.calibrate.sources import load_model
+from qdit.cli.entry import GATE_FAILED
 
 FAST = ["--calib-samples", "12", "--num-inference-steps", "3", "--fid-samples", "6", "-q"]
 SMALL = ["--group-size", "32", *FAST]
@@ -248,7 +249,7 @@ def test_the_gate_catches_a_tampered_file(
     scale.CopyFrom(onnx.numpy_helper.from_array(values, scale.name))
     onnx.save(model, tmp_path / "model.onnx")
     flags = ["--num-inference-steps", "3", "--fid-samples", "0", "-q"]
-    assert run("validate", str(tmp_path), *flags) == cli.GATE_FAILED
+    assert run("validate", str(tmp_path), *flags) == GATE_FAILED
     report = report_of(tmp_path)
     assert report["parity"]["passed"] is False
     failed = [c["name"] for c in report["parity"]["checks"] if c["outcome"] == "failed"]
@@ -329,7 +330,7 @@ def test_inspect_refuses_what_it_cannot_read(
     assert name in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["export", "validate", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["bench", "export", "inspect", "serve", "tune", "validate"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"qdit-{command} " in capsys.readouterr().out
