@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -28,6 +29,8 @@ from .versions import Features
 
 TARGET_KEY = "qdit.target"
 
+Contents = Mapping[str, LinearContents]  # by layer name
+
 
 def compute_dtype(features: Features) -> ComputeDtype:
     """float16 where networks are strongly typed; before, flags choose it: files are float32."""
@@ -48,11 +51,11 @@ def export_int8(
     progress: Progress | None = None,
 ) -> ExportedModel:
     """The `tensorrt-int8` file: static scales by input name, see `LowerInt8Pass`."""
-    contents = checkpoint_contents(checkpoint)
-    lowering = LowerInt8Pass(contents, scales, compute_dtype(features), features)
-    return _export_checkpoint(
-        checkpoint, contents, path, "tensorrt-int8", lowering, features, progress
-    )
+
+    def lower(contents: Contents, dtype: ComputeDtype) -> LowerInt8Pass:
+        return LowerInt8Pass(contents, scales, dtype, features)
+
+    return _export(_of_checkpoint(checkpoint), path, "tensorrt-int8", lower, features, progress)
 
 
 def export_int4(
@@ -63,11 +66,8 @@ def export_int4(
     progress: Progress | None = None,
 ) -> ExportedModel:
     """The `tensorrt-int4` file: weight-only, see `LowerInt4Pass`."""
-    contents = checkpoint_contents(checkpoint)
-    lowering = LowerInt4Pass(contents, compute_dtype(features))
-    return _export_checkpoint(
-        checkpoint, contents, path, "tensorrt-int4", lowering, features, progress
-    )
+    source = _of_checkpoint(checkpoint)
+    return _export(source, path, "tensorrt-int4", LowerInt4Pass, features, progress)
 
 
 def export_plugin(
@@ -79,11 +79,11 @@ def export_plugin(
     progress: Progress | None = None,
 ) -> ExportedModel:
     """The `tensorrt-plugin` file: plugin nodes that are functions too, see `LowerPluginPass`."""
-    contents = checkpoint_contents(checkpoint)
-    lowering = LowerPluginPass(contents, packing, compute_dtype(features))
-    return _export_checkpoint(
-        checkpoint, contents, path, "tensorrt-plugin", lowering, features, progress
-    )
+
+    def lower(contents: Contents, dtype: ComputeDtype) -> LowerPluginPass:
+        return LowerPluginPass(contents, packing, dtype)
+
+    return _export(_of_checkpoint(checkpoint), path, "tensorrt-plugin", lower, features, progress)
 
 
 def export_baseline(
@@ -91,66 +91,49 @@ def export_baseline(
 ) -> ExportedModel:
     """The unquantized model for the same TensorRT: what a quantized engine's speed is held to."""
     model.family.tie_shared_modules(model.denoiser)
-    contents = full_precision_contents(model)
-    lowering = LowerQdqPass(contents, compute_dtype(features))
-    return _export(
-        skeleton_of(model),
-        model.family,
-        model.name,
-        contents,
-        path,
-        "tensorrt-fp16",
-        lowering,
-        features,
-        progress or Silent(),
-    )
+    source = _Source(skeleton_of(model), model.family, model.name, full_precision_contents(model))
+    return _export(source, path, "tensorrt-fp16", LowerQdqPass, features, progress)
 
 
-def _export_checkpoint(
-    checkpoint: QuantizedCheckpoint,
-    contents: Mapping[str, LinearContents],
-    path: Path,
-    target: str,
-    lowering: ir.passes.InPlacePass,
-    features: Features,
-    progress: Progress | None,
-) -> ExportedModel:
-    return _export(
-        checkpoint.skeleton(),
-        checkpoint.family,
-        checkpoint.model_name,
-        contents,
-        path,
-        target,
-        lowering,
-        features,
-        progress or Silent(),
-    )
+@dataclass(frozen=True)
+class _Source:
+    """What a file is made of: the denoiser without its linears' weights, and those."""
+
+    skeleton: nn.Module
+    family: Family
+    name: str
+    contents: Contents
+
+
+def _of_checkpoint(checkpoint: QuantizedCheckpoint) -> _Source:
+    contents = checkpoint_contents(checkpoint)
+    return _Source(checkpoint.skeleton(), checkpoint.family, checkpoint.model_name, contents)
 
 
 def _export(
-    denoiser: nn.Module,
-    family: Family,
-    name: str,
-    contents: Mapping[str, LinearContents],
+    source: _Source,
     path: Path,
     target: str,
-    lowering: ir.passes.InPlacePass,
+    lower: Callable[[Contents, ComputeDtype], ir.passes.InPlacePass],
     features: Features,
-    progress: Progress,
+    progress: Progress | None,
 ) -> ExportedModel:
+    progress, dtype = progress or Silent(), compute_dtype(features)
+    family, contents = source.family, source.contents
+    lowering = lower(contents, dtype)  # first: it refuses what it cannot lower, tracing takes long
     progress.say(f"tracing the denoiser for {target}")
-    dtype = compute_dtype(features)
     linears = [entry.spec for entry in contents.values()]
-    model = trace(denoiser, family, linears, dtype=dtype, opset=opset_for(features))
-    return write_traced(model, family, name, contents, path, target, lowering, features, progress)
+    model = trace(source.skeleton, family, linears, dtype=dtype, opset=opset_for(features))
+    return write_traced(
+        model, family, source.name, contents, path, target, lowering, features, progress
+    )
 
 
 def write_traced(
     model: ir.Model,
     family: Family,
     name: str,
-    contents: Mapping[str, LinearContents],
+    contents: Contents,
     path: Path,
     target: str,
     lowering: ir.passes.InPlacePass,
