@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from .kinds.kind import AUTO, EngineKind, EngineSettings, SamplingEngine
-from .self_test import SelfTestError
+from .probe_check import SelfTestError
 
 
 @dataclass(frozen=True)

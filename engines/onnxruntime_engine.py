@@ -14,7 +14,7 @@ from ..errors import ArtifactError, InputError, StepError
 from ..memory import release_memory
 from .cuda_session import GRAPH_OPTION, GraphRunner, load_cuda_libraries, wants_graphs
 from .engine import Arrays, LoadedEngine, TensorSpec, as_denoiser, check_inputs
-from .self_test import SelfTestError, read_probe
+from .probe_check import SelfTestError, read_probe
 from .session_settings import CPU, CUDA
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class OnnxRuntimeEngine(LoadedEngine):
       that `infer` returns as well.
     * `fold_weights`: dequantize the weights once, at load. Needs memory for float weights and
       makes each run faster; without it they stay packed and every run dequantizes them.
-    * `self_test`: run the probe beside the file, where there is one (`self_test.py`), and raise
+    * `self_test`: run the probe beside the file, where there is one (`probe_check.py`), and raise
       `SelfTestError` where the session's numbers are off. Not with `extra_outputs`, which are
       there to be looked at.
     * `session_options`: further entries of ONNX Runtime's session configuration, over our own.

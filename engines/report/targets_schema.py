@@ -8,7 +8,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ...errors import ArtifactError
 from ...files import write_json
-from ..self_test import SUFFIX as PROBE_SUFFIX
+from ..probe_check import SUFFIX as PROBE_SUFFIX
 from .entry import Entry, first_problem
 
 TARGETS_NAME = "targets.json"

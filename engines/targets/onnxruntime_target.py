@@ -14,8 +14,8 @@ from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...calibrate.plan import LinearSpec, QuantizationPlan
 from ...export.capabilities import computed_plan, realizations
 from ...progress import Progress
+from ..probe_check import probe_path
 from ..report.targets_schema import TargetEntry
-from ..self_test import probe_path
 from ..session_settings import CPU, providers_of
 from .onnxruntime_files import ON_CPU, ONNXRUNTIME_FILES, OnnxRuntimeFile
 from .probe import make_probe

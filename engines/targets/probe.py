@@ -1,4 +1,4 @@
-"""Make the probe that a file is tested with whenever it is loaded (`engines/self_test.py`)."""
+"""Make the probe that a file is tested with whenever it is loaded (`engines/probe_check.py`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ...calibrate.checkpoint import QuantizedCheckpoint
 from ...calibrate.families.base import Family
 from ...export.opsets import ComputeDtype, torch_dtype
-from ..self_test import Probe
+from ..probe_check import Probe
 
 _SAMPLES, _FEW_SAMPLES = 2, 1  # of a small model and of a large one
 _SEED = 20

@@ -18,8 +18,8 @@ from qdit.engines.cuda_session import wants_graphs
 from qdit.engines.kinds.kind import EngineSettings
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.options import ValidateOptions, build_options
+from qdit.engines.probe_check import SelfTestError, read_probe
 from qdit.engines.report.schema import read_report
-from qdit.engines.self_test import SelfTestError, read_probe
 from qdit.engines.session_settings import CPU, CUDA
 from qdit.engines.targets.onnxruntime_files import ON_CPU, ON_CUDA, file_for
 from qdit.engines.targets.onnxruntime_target import as_computed, comparing_providers

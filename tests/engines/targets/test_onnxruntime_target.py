@@ -18,8 +18,8 @@ from qdit.engines.at_hand import open_engine
 from qdit.engines.kinds.kind import EngineSettings
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.options import ValidateOptions, build_options
+from qdit.engines.probe_check import SelfTestError, read_probe
 from qdit.engines.report.schema import read_report
-from qdit.engines.self_test import SelfTestError, read_probe
 from qdit.engines.targets.onnxruntime_target import notes_for
 from qdit.engines.targets.probe import make_probe
 from qdit.engines.validate_job import run_validate

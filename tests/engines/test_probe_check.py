@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
-from qdit.engines.self_test import Probe, SelfTestError, probe_path, read_probe
+from qdit.engines.probe_check import Probe, SelfTestError, probe_path, read_probe
 from qdit.errors import ArtifactError
 
 X = np.array([[1.0, 2.0, 2.0]], np.float32)
