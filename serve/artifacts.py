@@ -21,8 +21,10 @@ from ..export.opsets import LINEARS_KEY
 _DOMAINS = {"", "ai.onnx", "com.microsoft", "qdit"}
 
 
-def check_onnx(path: Path, checkpoint: QuantizedCheckpoint) -> None:
+def check_onnx(path: Path, checkpoint: QuantizedCheckpoint) -> onnx.ModelProto:
     """Raise `ArtifactError` unless the file at `path` belongs to `checkpoint` and stays at home.
+
+    Returns the model as it was parsed, its external data left where it is. What is checked:
 
     1. It parses, and its operators are of known domains.
     2. External data lies beside it: plain names of regular files, no paths, no links out.
@@ -42,6 +44,7 @@ def check_onnx(path: Path, checkpoint: QuantizedCheckpoint) -> None:
         if uses_external_data(tensor):
             _check_external(path, tensor)
     _check_linears(path, model, checkpoint)
+    return model
 
 
 def _check_external(path: Path, tensor: onnx.TensorProto) -> None:

@@ -37,19 +37,20 @@ _EXACT = _TENSORRT[:1]  # what auto may take: the others mean something else tha
 
 @dataclass(frozen=True)
 class Source:
-    """A file of an exported folder that a Triton backend runs, with its tensors."""
+    """A file of an exported folder that a Triton backend runs, with its tensors.
+
+    `data`: names of the files beside it that hold its external data.
+    """
 
     path: Path
     model: TritonModel
+    data: frozenset[str] = frozenset()
 
     @property
     def files(self) -> dict[str, Path]:
         """What belongs into the version's folder, by name there: external data keeps its own."""
-        files = {self.model.file_name: self.path}
-        if self.path.suffix == ".onnx":
-            model = onnx.load(self.path, load_external_data=False)
-            files |= {name: self.path.with_name(name) for name in external_files(model)}
-        return files
+        data = {name: self.path.with_name(name) for name in self.data}
+        return {self.model.file_name: self.path} | data
 
 
 def triton_source(
@@ -76,9 +77,8 @@ def triton_source(
     built = _built_engine(folder, targets) if device != "cpu" else None
     if built is not None:
         onnx_path, manifest = built
-        check_onnx(onnx_path, checkpoint)
+        inputs, outputs = _specs(check_onnx(onnx_path, checkpoint))
         _check_engine(engine_path(onnx_path), manifest)
-        inputs, outputs = onnx_specs(onnx_path)
         if manifest.tensorrt.startswith("8."):
             inputs = [_narrowed(spec) for spec in inputs]
         most = min(max_batch, int(manifest.settings["batch"]["most"]))
@@ -93,12 +93,12 @@ def triton_source(
             f"built tensorrt/*.engine, {' or '.join(_ONNX_FILES)} for onnxruntime or qdq; "
             f"{folder} has none for {engine!r}; export it with that --target"
         )
-    check_onnx(path, checkpoint)
-    inputs, outputs = onnx_specs(path)
+    file = check_onnx(path, checkpoint)
+    inputs, outputs = _specs(file)
     model = TritonModel(
         named, "onnxruntime", inputs, outputs, device or "cpu", max_batch, **settings
     )
-    return Source(path, model)
+    return Source(path, model, frozenset(external_files(file)))
 
 
 def write_triton_repository(source: Source, repository: Path) -> Path:
@@ -127,9 +127,9 @@ def write_triton_repository(source: Source, repository: Path) -> Path:
     return target
 
 
-def onnx_specs(path: Path) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """(inputs, outputs) of an ONNX file, in its order."""
-    graph = onnx.load(path, load_external_data=False).graph
+def _specs(model: onnx.ModelProto) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """(inputs, outputs) of an ONNX model, in its order."""
+    graph = model.graph
     weights = {tensor.name for tensor in graph.initializer}
     given = [value for value in graph.input if value.name not in weights]
     return [_spec(value) for value in given], [_spec(value) for value in graph.output]

@@ -74,6 +74,21 @@ def test_external_data_travels_with_its_file(folder: Path, tmp_path: Path) -> No
     OnnxRuntimeEngine(made / "1" / "model.onnx").close()
 
 
+def test_the_onnx_file_is_parsed_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[Path] = []
+    load = onnx.load
+
+    def counted(path: Path, **settings: Any) -> onnx.ModelProto:
+        parsed.append(path)
+        return load(path, **settings)
+
+    monkeypatch.setattr(onnx, "load", counted)
+    write_triton_repository(triton_source(folder), tmp_path / "repository")
+    assert parsed == [folder / "model.onnx"]
+
+
 def test_the_faster_form_is_preferred_and_the_reference_can_be_asked_for(folder: Path) -> None:
     fast = folder / "onnxruntime" / "model.onnx"
     fast.parent.mkdir()
