@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import typer
@@ -21,7 +22,7 @@ def console_entry(command: Callable[..., int]) -> Callable[[], None]:
     command's own; that of a `QditError`; 2 for usage errors; 130 for interruptions.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command()(command)
+    app.command()(_told_of_interruptions(command))
 
     def entry() -> None:
         try:
@@ -31,7 +32,7 @@ def console_entry(command: Callable[..., int]) -> Callable[[], None]:
             sys.exit(error.exit_code)
         except typer.Abort:
             sys.exit(130)
-        except KeyboardInterrupt:
+        except _InterruptedError:
             _fail("interrupted; run the same command again to go on")
             sys.exit(130)
         except Exception as error:
@@ -42,6 +43,21 @@ def console_entry(command: Callable[..., int]) -> Callable[[], None]:
         sys.exit(code or 0)
 
     return entry
+
+
+class _InterruptedError(Exception):
+    """Ctrl-C. Typer ends a program on a `KeyboardInterrupt` itself, without a word."""
+
+
+def _told_of_interruptions(command: Callable[..., int]) -> Callable[..., int]:
+    @wraps(command)
+    def run(*arguments: object, **options: object) -> int:
+        try:
+            return command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise _InterruptedError from error
+
+    return run
 
 
 def command_line() -> str:

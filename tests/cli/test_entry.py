@@ -44,7 +44,7 @@ def test_the_code_of_a_command_is_the_exit_code(code: int) -> None:
     [
         (InputError("too [odd]"), 2, "error: too [odd]"),
         (QditError("broken"), 1, "error: broken"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command again to go on"),
         (typer.Abort(), 130, ""),
     ],
     ids=["input", "failure", "interrupted", "aborted"],
