@@ -8,12 +8,13 @@ from typing import Any
 
 from ...errors import InputError
 from ...export.capabilities import TARGETS
+from ...export.tensorrt.rules import check_file
 from ...progress import Progress
 from ..parity_internals import ExposedValues
 from ..proof_engine import OnnxRuntimeProof, ProofEngine
 from ..targets.options import BEST
 from .chunks import ChunkedEngine
-from .library import installed_features
+from .library import installed_features, installed_version
 from .manifest import EngineManifest
 from .settings import BuildSettings
 from .store import FOLDER, StoredEngine, engine_path, manifest_path, stored_engine
@@ -88,8 +89,22 @@ def built_engine(onnx_path: Path, progress: Progress) -> StoredEngine:
 def _stored(onnx_path: Path, target: str, progress: Progress) -> StoredEngine:
     """With the settings that its engine was built with before; the default ones where there is
     none."""
+    _check_version(onnx_path, target)
     found = EngineManifest.read(manifest_path(engine_path(onnx_path)))
     settings = BuildSettings() if found is None else BuildSettings.from_json(found.settings)
     return stored_engine(
         onnx_path, settings, installed_features(), progress, plugins=plugins_of(target)
     )
+
+
+def _check_version(onnx_path: Path, target: str) -> None:
+    """Raise `InputError` for a file that was written for a TensorRT of other rules than this one's:
+    a build would end in the parser's own words, after everything that comes before it."""
+    version = installed_version()
+    violations = check_file(onnx_path, str(version))
+    if violations:
+        others = f" and {len(violations) - 1} more" if len(violations) > 1 else ""
+        raise InputError(
+            f"{onnx_path} is no file for the installed TensorRT {version}: "
+            f"{violations[0]}{others}; export it again here with --target {target}"
+        )

@@ -17,7 +17,7 @@ from qdit.progress import Silent
 
 from ...export.conftest import example_arrays
 from ...export.tensorrt.conftest import Traced
-from .conftest import Fake
+from .conftest import Fake, faked
 
 
 @pytest.fixture
@@ -77,6 +77,17 @@ class TestTargetFile:
     def test_none(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds no TensorRT file; export it with"):
             target_file(tmp_path, "tensorrt")
+
+
+def test_a_file_for_another_tensorrt_is_refused_before_any_build(
+    int8_files: dict[bool, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "tensorrt-int8.onnx"
+    path.write_bytes(int8_files[True].read_bytes())
+    problem = r"no file for the installed TensorRT 8\.6.*: R\d+ .* more; export it again here with"
+    with faked("8.6.0"), pytest.raises(InputError, match=problem):
+        TensorRtProof(path, progress=Silent())
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_engine_keeps_the_settings_that_it_was_built_with(
