@@ -11,7 +11,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?give a folder for logs and figures}
 shift
-stages=${*:-tests kernels step peers quality serve plugin search curves}
+stages=${*:-tests kernels step peers quality serve plugin cpu search curves}
 python=${PYTHON:-python}
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=${COLUMNS:-180}
@@ -55,6 +55,14 @@ search() {
             --plans "$out/found-$bits-g128/plan.json,$out/found-$bits-g64/plan.json" --json "$out/search-$bits.json"
     done
 }
+cpu() { # ONNX Runtime on two cores, CORES of them: no GPU is used, but such machines have AMX
+    pinned() { taskset -c "${CORES:-0,1}" "$python" -c "$(command_of bench)" random:DiT-XL/2 --device cpu --threads 2 "$@"; }
+    pinned --blocks 4 --batch 1,8 "${integer[@]}" --targets fp32,onnxruntime,ort-dynamic --json "$out/cpu-integer.json"
+    pinned --blocks 4 --batch 1,8 --bits w8a8 --group-size channel --activation-group-size token --targets fp32,onnxruntime \
+        --json "$out/cpu-w8.json"
+    pinned --blocks 4 --batch 1,8 --bits w4a8 --targets fp32,onnxruntime --json "$out/cpu-g128.json"
+    pinned --batch 1 "${integer[@]}" --targets fp32,onnxruntime --json "$out/cpu-whole.json"
+}
 curves() { # a process on each GPU that there is
     qdit export --bits w4a8 --search evolutionary --device cuda --fid-samples 0 --output "$out/evolutionary"
     qdit export --bits w4a8 --search sensitivity --search-refine 1 --device cuda --fid-samples 0 --output "$out/sensitivity"
@@ -63,7 +71,7 @@ curves() { # a process on each GPU that there is
 }
 
 for stage in $stages; do
-    declare -F "$stage" > /dev/null || { echo "no stage $stage; there are tests kernels step peers quality serve plugin search curves"; exit 2; }
+    declare -F "$stage" > /dev/null || { echo "no stage $stage; there are tests kernels step peers quality serve plugin cpu search curves"; exit 2; }
 done
 for stage in $stages; do
     started=$SECONDS
