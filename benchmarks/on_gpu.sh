@@ -11,7 +11,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?give a folder for logs and figures}
 shift
-stages=${*:-tests kernels step peers quality serve plugin cpu search curves}
+known="tests kernels step peers quality serve plugin cpu search curves"
+stages=${*:-$known}
 python=${PYTHON:-python}
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 NO_COLOR=1 COLUMNS=${COLUMNS:-180}
@@ -71,7 +72,7 @@ curves() { # a process on each GPU that there is
 }
 
 for stage in $stages; do
-    declare -F "$stage" > /dev/null || { echo "no stage $stage; there are tests kernels step peers quality serve plugin cpu search curves"; exit 2; }
+    declare -F "$stage" > /dev/null || { echo "no stage $stage; there are $known"; exit 2; }
 done
 for stage in $stages; do
     started=$SECONDS

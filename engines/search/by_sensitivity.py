@@ -55,8 +55,9 @@ def search_by_sensitivity(task: SearchTask, files: FidFiles) -> Found:
     affordable = [plan for plan in others if task.costs.total(plan) <= task.budget.value]
     bound = fid_of_the_dearest(affordable, fitness, task.costs.total)
     chosen = best_plan(plans, fitness, task.options.refine_by, bound)
+    budgets = [task.costs.total(plan) - task.costs.fixed for plan in others]
     front = pareto_front(
-        table, costs, points=_FRONT_POINTS, budgets=_uniform_costs(task), progress=task.progress
+        table, costs, points=_FRONT_POINTS, budgets=budgets, progress=task.progress
     )
     return Found(
         chosen,
@@ -92,10 +93,6 @@ def _spread(calibration: CalibrationSet) -> CalibrationSet:
     places = np.linspace(0, len(order) - 1, min(_LOCAL_SAMPLES, len(order))).round()
     chosen = order[torch.from_numpy(places.astype(np.int64))]
     return CalibrationSet(*(part[chosen] for part in calibration.tensors))
-
-
-def _uniform_costs(task: SearchTask) -> list[float]:
-    return [task.costs.total(own.plan) - task.costs.fixed for own in uniform_plans(task)]
 
 
 def fid_of_the_dearest(

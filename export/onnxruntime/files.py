@@ -3,7 +3,7 @@ Runtime runs fastest on a CPU, and by its CUDA provider."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,7 +13,7 @@ from ...errors import InputError
 from ...progress import Progress, Silent
 from ..contents import LinearContents, checkpoint_contents
 from ..lower import export_lowered
-from ..opsets import DEFAULT_OPSET, ORT_DOMAIN, check_opset
+from ..opsets import DEFAULT_OPSET, ORT_DOMAIN, ComputeDtype, check_opset
 from ..passes.lower_qdq import LowerQdqPass
 from ..write import STANDARD_DOMAINS, ExportedModel
 from .fuse_attention import FuseAttentionPass
@@ -72,20 +72,7 @@ def export_onnxruntime(
     says what each linear became (`LowerOnnxRuntimePass`). Raises `InputError` for an opset that
     cannot be written.
     """
-    check_opset(opset)
-    contents = checkpoint_contents(checkpoint)
-    return export_lowered(
-        checkpoint.skeleton(),
-        checkpoint.family,
-        contents,
-        Path(path),
-        name=checkpoint.model_name,
-        dtype="float32",
-        opset=opset,
-        progress=progress or Silent(),
-        lowering=onnxruntime_lowering(contents),
-        domains=DOMAINS,
-    )
+    return _export(checkpoint, path, "float32", onnxruntime_lowering, opset, progress)
 
 
 def export_onnxruntime_cuda(
@@ -99,6 +86,17 @@ def export_onnxruntime_cuda(
 
     As `export_onnxruntime` otherwise.
     """
+    return _export(checkpoint, path, "float16", cuda_lowering, opset, progress)
+
+
+def _export(
+    checkpoint: QuantizedCheckpoint,
+    path: Path,
+    dtype: ComputeDtype,
+    lower: Callable[[Mapping[str, LinearContents]], ir.passes.PassBase],
+    opset: int,
+    progress: Progress | None,
+) -> ExportedModel:
     check_opset(opset)
     contents = checkpoint_contents(checkpoint)
     return export_lowered(
@@ -107,9 +105,9 @@ def export_onnxruntime_cuda(
         contents,
         Path(path),
         name=checkpoint.model_name,
-        dtype="float16",
+        dtype=dtype,
         opset=opset,
         progress=progress or Silent(),
-        lowering=cuda_lowering(contents),
+        lowering=lower(contents),
         domains=DOMAINS,
     )

@@ -83,7 +83,7 @@ class FullPrecision:
         return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
 
 
-class HalfPrecision:
+class HalfPrecision(FullPrecision):
     """The full-precision model as ONNX in float16, attention and modulation fused.
 
     As the target `onnxruntime-cuda` but for its weights: what quantizing them gains and costs.
@@ -98,9 +98,6 @@ class HalfPrecision:
             subject.full_precision(), path, dtype="float16", lowering=full_precision_lowering
         )
         return Prepared({"path": str(path)}, onnx_bytes(path))
-
-    def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
-        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
 
 
 class Qdq:
