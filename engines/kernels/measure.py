@@ -28,7 +28,7 @@ from .weights import PackedWeight, pack_weight
 Timer = Callable[["Product", Tile], float]
 
 _SHORTLIST = 24  # of the tiles that the rule likes best
-_FINALISTS = 4  # whose other forms (turns, fewer stages) are tried as well
+_FINALISTS = 6  # whose other forms (turns, pairs, fewer stages) are tried as well
 _SPREAD = 0.01  # a tile must be faster by this to be preferred
 
 
@@ -71,44 +71,66 @@ def tune(
 ) -> Iterator[Tuned]:
     """Each product's fastest tile, as they are found.
 
-    Tiles that the rule likes best are timed first, then other forms of the fastest. `timer` is
-    `GraphTimer(gpu)` by default. A tile that fails to run is passed over; a product where every
-    one does raises `StepError` with the last cause.
+    The tiles that the rule likes best are timed for every product, then other forms of each
+    product's fastest. `timer` is `GraphTimer(gpu)` by default. A tile that fails to run is passed
+    over; a product where every one does raises `StepError` with the last cause.
     """
     shown = progress or Silent()
     timing = timer or GraphTimer(gpu)
-    distinct = list(dict.fromkeys(products))
-    if timer is None:
-        _compile_all(distinct, gpu, shown)
-    for product in shown.track(distinct, "timing tiles", len(distinct)):
-        yield _tune_one(product, gpu, timing)
+    searches = [_TileSearch(product, gpu, timing) for product in dict.fromkeys(products)]
+    for next_tiles in (_TileSearch.likely, _TileSearch.forms_of_the_fastest):
+        rounds = [(search, next_tiles(search)) for search in searches]
+        if timer is None:
+            _compile_all(
+                [(s.product.kind, tile) for s, tiles in rounds for tile in tiles], gpu, shown
+            )
+        for search, tiles in shown.track(rounds, "timing tiles", len(rounds)):
+            search.measure(tiles)
+            if next_tiles is _TileSearch.forms_of_the_fastest:
+                yield search.found()
 
 
-def _tune_one(product: Product, gpu: Gpu, timer: Timer) -> Tuned:
-    times: dict[Tile, float] = {}
-    failure: Exception | None = None
+class _TileSearch:
+    """One product's tiles and their times, microseconds."""
 
-    def measure(tiles: Sequence[Tile]) -> None:
-        nonlocal failure
+    def __init__(self, product: Product, gpu: Gpu, timer: Timer) -> None:
+        self.product = product
+        self._gpu = gpu
+        self._timer = timer
+        self._before = tile_for(product.kind, product.rows, product.channels, gpu)
+        self._times: dict[Tile, float] = {}
+        self._failure: Exception | None = None
+
+    def likely(self) -> list[Tile]:
+        """The tile in use, and those that the rule likes best."""
+        return list(dict.fromkeys([self._before, *shortlist(self.product, self._gpu)]))
+
+    def forms_of_the_fastest(self) -> list[Tile]:
+        """Other forms of the fastest so far, without those that were timed."""
+        fastest = sorted(self._times, key=self._times.__getitem__)[:_FINALISTS]
+        forms = (
+            form for tile in fastest for form in other_forms(self.product.kind, tile, self._gpu)
+        )
+        return [form for form in dict.fromkeys(forms) if form not in self._times]
+
+    def measure(self, tiles: Sequence[Tile]) -> None:
         for tile in tiles:
-            if tile in times:
-                continue
-            try:
-                times[tile] = timer(product, tile)
-            except StepError as error:
-                failure = error
+            self._measure(tile)
 
-    before = tile_for(product.kind, product.rows, product.channels, gpu)
-    measure([before, *shortlist(product, gpu)])
-    finalists = sorted(times, key=times.__getitem__)[:_FINALISTS]
-    measure([form for tile in finalists for form in other_forms(product.kind, tile, gpu)])
-    if not times:
-        raise StepError(f"no tile of {product.shape} runs") from failure
-    best = min(times, key=times.__getitem__)
-    held = times.get(before, float("inf"))
-    if held <= times[best] * (1 + _SPREAD):
-        best = before
-    return Tuned(product, best, times[best], before, held, len(times))
+    def _measure(self, tile: Tile) -> None:
+        try:
+            self._times[tile] = self._timer(self.product, tile)
+        except StepError as error:
+            self._failure = error
+
+    def found(self) -> Tuned:
+        if not self._times:
+            raise StepError(f"no tile of {self.product.shape} runs") from self._failure
+        best = min(self._times, key=self._times.__getitem__)
+        held = self._times.get(self._before, float("inf"))
+        if held <= self._times[best] * (1 + _SPREAD):
+            best = self._before
+        return Tuned(self.product, best, self._times[best], self._before, held, len(self._times))
 
 
 def shortlist(product: Product, gpu: Gpu) -> list[Tile]:
@@ -118,25 +140,32 @@ def shortlist(product: Product, gpu: Gpu) -> list[Tile]:
 
 
 def other_forms(kind: LinearKind, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """The same cut in turns, pipelined, and with fewer stages."""
+    """The same cut in turns, pipelined, in pairs, staggered, and with fewer stages."""
     forms = [
         replace(tile, turns=1),
         replace(tile, turns=2),
         replace(tile, turns=0, pipelined=True),
+        replace(tile, paired=True),
+        replace(tile, paired=True, turns=1),
+        replace(tile, paired=True, turns=2),
+        replace(tile, paired=True, turns=0, pipelined=True),
+        replace(tile, staggered=True, turns=0),
+        replace(tile, paired=True, staggered=True, turns=0),
         replace(tile, stages=max(2, tile.stages - 1)),
     ]
     return [form for form in forms if form != tile and tile_problem(kind, form, gpu) is None]
 
 
-def _compile_all(products: Sequence[Product], gpu: Gpu, progress: Progress) -> None:
-    """Compile what will surely be timed, on all cores: NVRTC takes most of the time."""
-    jobs = list(dict.fromkeys((p.kind, tile) for p in products for tile in shortlist(p, gpu)))
+def _compile_all(jobs: Sequence[tuple[LinearKind, Tile]], gpu: Gpu, progress: Progress) -> None:
+    """Compile what will be timed, on all cores: NVRTC takes most of the time."""
+    distinct = list(dict.fromkeys(jobs))
 
     def compile_one(job: tuple[LinearKind, Tile]) -> None:
         linear_kernel(*job, gpu, gated=False, dtype=torch.float16)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in progress.track(pool.map(compile_one, jobs), "compiling tiles", len(jobs)):
+        compiled = pool.map(compile_one, distinct)
+        for _ in progress.track(compiled, "compiling tiles", len(distinct)):
             pass
 
 

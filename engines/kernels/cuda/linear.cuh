@@ -71,8 +71,9 @@ __device__ __forceinline__ float shifted(int sum) { return __uint_as_float(stati
 
 // Any sum below 2^30: high and low bits apart, rounded once as the conversion instruction rounds.
 __device__ __forceinline__ float converted(int sum) {
-    const float high = __uint_as_float(static_cast<uint32>(sum >> 8) + kShiftBits) - kShift;
-    const float low = __uint_as_float((static_cast<uint32>(sum) & 0xFFu) | 0x4B000000u) - 8388608.0f;
+    // 2^23 too little here and as much too much there
+    const float high = __uint_as_float(static_cast<uint32>(sum >> 8) + kShiftBits) - (kShift + 32768.0f);
+    const float low = __uint_as_float((static_cast<uint32>(sum) & 0xFFu) | 0x4B000000u);
     return fmaf(high, 256.0f, low);
 }
 
