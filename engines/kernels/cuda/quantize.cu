@@ -18,7 +18,7 @@ constexpr bool kNorm = QDIT_NORM;
 constexpr int kGelu = QDIT_GELU;     // 1: the tanh form, 2: the exact one
 constexpr int kWarps = 8;
 // A row that a warp holds waits for memory and for its own sums: four blocks a multiprocessor hide that, two do not.
-constexpr int kBlocks = kNorm && kSpan <= 9 ? 4 : 1;
+constexpr int kBlocks = (kNorm || kGelu > 0) && kSpan <= 9 ? 4 : 1;
 // Groups that lie in the lanes' four neighbouring values of whole panels need no shared memory.
 constexpr bool kInRegisters = kWidth % 128 == 0 && !kAsymmetric && kSumGroup == 0 &&
                               (kGroup == 32 || kGroup == 64 || kGroup % 128 == 0);
