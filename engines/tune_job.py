@@ -126,8 +126,8 @@ def _table(found: Sequence[Tuned], here: Gpu) -> Table:
     table = Table(
         box=SIMPLE,
         title=here.name,
-        caption="tile: tokens × channels, stages; t1, t2: in turns; p: pipelined; c: in pairs; "
-        "s: staggered. TOPS counts a multiply-add as two operations.",
+        caption="tile: tokens × channels, stages; t1, t2: in turns; p: pipelined. "
+        "TOPS counts a multiply-add as two operations.",
     )
     for heading in ("rows", "K → N", "scheme", "tile", "µs", "TOPS", "before", "gain"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -148,7 +148,5 @@ def _table(found: Sequence[Tuned], here: Gpu) -> Table:
 
 
 def _short(tile: Tile) -> str:
-    turns = f" t{tile.turns}" if tile.turns else ""
-    forms = ((tile.pipelined, " p"), (tile.paired, " c"), (tile.staggered, " s"))
-    marks = turns + "".join(mark for has, mark in forms if has)
+    marks = (f" t{tile.turns}" if tile.turns else "") + (" p" if tile.pipelined else "")
     return f"{tile.tokens}×{tile.channels} {tile.stages}{marks}"

@@ -28,7 +28,7 @@ from .weights import PackedWeight, pack_weight
 Timer = Callable[["Product", Tile], float]
 
 _SHORTLIST = 24  # of the tiles that the rule likes best
-_FINALISTS = 6  # whose other forms (turns, pairs, fewer stages) are tried as well
+_FINALISTS = 6  # whose other forms (turns, fewer stages) are tried as well
 _SPREAD = 0.01  # a tile must be faster by this to be preferred
 
 
@@ -140,17 +140,11 @@ def shortlist(product: Product, gpu: Gpu) -> list[Tile]:
 
 
 def other_forms(kind: LinearKind, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """The same cut in turns, pipelined, in pairs, staggered, and with fewer stages."""
+    """The same cut in turns, pipelined, and with fewer stages."""
     forms = [
         replace(tile, turns=1),
         replace(tile, turns=2),
         replace(tile, turns=0, pipelined=True),
-        replace(tile, paired=True),
-        replace(tile, paired=True, turns=1),
-        replace(tile, paired=True, turns=2),
-        replace(tile, paired=True, turns=0, pipelined=True),
-        replace(tile, staggered=True, turns=0),
-        replace(tile, paired=True, staggered=True, turns=0),
         replace(tile, stages=max(2, tile.stages - 1)),
     ]
     return [form for form in forms if form != tile and tile_problem(kind, form, gpu) is None]

@@ -63,12 +63,10 @@ def linear_kernel(
 
 def _grid(count: int, channels: int, tile: Tile, device: Gpu) -> tuple[int, int]:
     """(blocks, threads): on Hopper as many blocks as stay resident, elsewhere one a tile."""
-    together = tile.blocks_together
-    clusters = -(-count // (tile.tokens * together)) * -(-channels // tile.channels)
+    tiles = -(-count // tile.tokens) * -(-channels // tile.channels)
     if not device.hopper:
-        return clusters, 128 * tile.warpgroups
-    clusters = min(clusters, device.multiprocessors // together)
-    return clusters * together, 128 * (tile.warpgroups + 1)
+        return tiles, 128 * tile.warpgroups
+    return min(tiles, device.multiprocessors), 128 * (tile.warpgroups + 1)
 
 
 def _arguments(

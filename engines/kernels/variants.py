@@ -114,9 +114,6 @@ class Tile:
 
     turns: whether warpgroups use the matrix unit one after the other, 0, 1 or 2 (Hopper).
     pipelined: two panels in flight a warpgroup (Hopper).
-    paired: blocks in clusters of two with the same channels, each of which fetches half of their
-        weights for both (Hopper).
-    staggered: warpgroups a panel apart, so that one ends its tile while others multiply (Hopper).
     """
 
     tokens: int
@@ -124,8 +121,6 @@ class Tile:
     stages: int = 4
     turns: int = 0
     pipelined: bool = False
-    paired: bool = False
-    staggered: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens % 16 or not 16 <= self.tokens <= 256:
@@ -136,11 +131,6 @@ class Tile:
     @property
     def channels(self) -> int:
         return 64 * self.warpgroups
-
-    @property
-    def blocks_together(self) -> int:
-        """Blocks in a cluster."""
-        return 2 if self.paired else 1
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -159,8 +149,6 @@ def linear_defines(
         "QDIT_STAGES": tile.stages,
         "QDIT_TURNS": tile.turns,
         "QDIT_PIPELINED": int(tile.pipelined),
-        "QDIT_PAIRED": int(tile.paired),
-        "QDIT_STAGGERED": int(tile.staggered),
         "QDIT_GATED": int(gated),
         "QDIT_SHARED_BYTES": linear_shared_bytes(kind, tile, hopper),
         "QDIT_BF16": int(bfloat16),
@@ -201,10 +189,6 @@ def tile_problem(kind: LinearKind, tile: Tile, limits: Limits) -> str | None:
     hopper = limits.hopper
     if (tile.turns or tile.pipelined) and not (hopper and _promotes(kind)):
         return "turns and pipelining are for Hopper, and for products that promote along k"
-    if (tile.paired or tile.staggered) and not hopper:
-        return "pairs of blocks and staggered warpgroups are for Hopper"
-    if tile.staggered and tile.turns:
-        return "warpgroups in turns cannot be a panel apart"
     if tile.pipelined and tile.turns == 2:
         return "a pipelined warpgroup cannot wait for its turn's end"
     if tile.pipelined and kind.segment != PANEL:

@@ -15,11 +15,6 @@ constexpr int kTurns = QDIT_TURNS;
 constexpr bool kInTurn = kTurns > 0;
 // A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
-// Two blocks with neighbouring tokens and the same channels each copy half of the weights, for both.
-constexpr bool kPaired = QDIT_PAIRED;
-// The warpgroups start a panel apart, so that one ends its tile while the others multiply.
-constexpr bool kStaggered = QDIT_STAGGERED;
-constexpr int kBlocks = kPaired ? 2 : 1;
 // Scales wait in registers while the matrix unit works, where there are registers for them.
 constexpr bool kEarlyScales = (kWarpgroups == 2 && kTokens <= 160) || kTokens <= 96;
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
@@ -79,51 +74,13 @@ struct Problem {
     int weight_rows;     // channels rounded up to a multiple of 64
     int token_group;     // segments that share a token scale
     int channel_group;   // segments that share a channel scale or multiplier
-    int tiles;           // of this block
+    int tiles;
     int channel_tiles;   // along N
-    int rank;            // of this block in its pair
 };
 
 __device__ __forceinline__ void copy_rows(
     uint32 to, const float* from, long long row, int stride, int first, int count, uint32 barrier) {
-    if (!kPaired || count > 0) bulk_copy(to, from + row * stride + first, count * 4, barrier);
-}
-
-__device__ __forceinline__ void copy_scales(
-    const Problem& p, const Place& place, int panel, uint32 base, uint32 ready, int token0, int tokens, int channel0,
-    int channels) {
-    const uint32 scales = base + kScalesAt + place.stage * kScaleBytes;
-#pragma unroll
-    for (int part = 0; part < kSegments; ++part) {
-        const int segment = kSegments > 1 ? panel * kSegments + part : panel / kSegmentPanels;
-        const int token_row = segment / p.token_group, channel_row = segment / p.channel_group;
-        const uint32 token_at = part * kTokens * 4, channel_at = part * kChannels * 4;
-        uint32 to = scales;
-        if constexpr (kTokenScales) {
-            copy_rows(to + token_at, p.token_scale, token_row, p.rows, token0, tokens, ready);
-            to += kTokenScaleBytes;
-        }
-        if constexpr (kChannelScales) {
-            copy_rows(to + channel_at, p.channel_scale, channel_row, p.weight_rows, channel0, channels, ready);
-            to += kChannelScaleBytes;
-        }
-        if constexpr (kWeightZero) {
-            copy_rows(to + token_at, p.token_sum, segment, p.rows, token0, tokens, ready);
-            to += kTokenScaleBytes;
-            copy_rows(to + channel_at, p.channel_zero, channel_row, p.weight_rows, channel0, channels, ready);
-            to += kChannelScaleBytes;
-        }
-        if constexpr (kInputZero) {
-            copy_rows(to + token_at, p.token_zero, token_row, p.rows, token0, tokens, ready);
-            to += kTokenScaleBytes;
-            copy_rows(to + channel_at, p.channel_sum, segment, p.weight_rows, channel0, channels, ready);
-            to += kChannelScaleBytes;
-        }
-        if constexpr (kMultipliers) {
-            bulk_copy(to + part * kChannels, p.multiplier + static_cast<long long>(channel_row) * p.weight_rows + channel0,
-                      channels, ready);
-        }
-    }
+    bulk_copy(to, from + row * stride + first, count * 4, barrier);
 }
 
 __device__ __forceinline__ void produce(const Problem& p, uint32 base) {
@@ -131,33 +88,56 @@ __device__ __forceinline__ void produce(const Problem& p, uint32 base) {
     constexpr int kRowBytes = kFourBits ? 64 : 128;
     Place place;
     bool first_tile = true;
-    TilePlace at(blockIdx.x / kBlocks, gridDim.x / kBlocks, p.channel_tiles);
-    for (int tile = blockIdx.x / kBlocks; tile < p.tiles; tile += gridDim.x / kBlocks, at.next()) {
-        const int token0 = (at.token * kBlocks + p.rank) * kTokens, channel0 = at.channel * kChannels;
-        // a pair's second block may have no tokens, and copies its half of the weights
-        const int tokens = max(min(kTokens, p.rows - token0), 0), channels = min(kChannels, p.weight_rows - channel0);
+    TilePlace at(blockIdx.x, gridDim.x, p.channel_tiles);
+    for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, at.next()) {
+        const int token0 = at.token * kTokens, channel0 = at.channel * kChannels;
+        const int tokens = min(kTokens, p.rows - token0), channels = min(kChannels, p.weight_rows - channel0);
         const uint32 bytes = tokens * kPanel + channels * kRowBytes +
                              (kTokenScales + kWeightZero + kInputZero) * kSegments * tokens * 4 +
                              (kChannelScales + kWeightZero + kInputZero) * kSegments * channels * 4 +
                              kMultipliers * kSegments * channels;
-#pragma unroll 1
         for (int panel = 0; panel < p.panels; ++panel, place.next()) {
             const uint32 ready = full + place.stage * 8;
             barrier_wait(empty + place.stage * 8, place.phase ^ 1);
             barrier_expect(ready, bytes);
             const uint32 weights = base + place.stage * (kWeightBytes + kInputBytes);
-            const uint8* from = p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * kRowBytes;
-            if constexpr (kPaired) {
-                const uint32 half = channels * kRowBytes / 2;
-                bulk_copy_to_all(weights + p.rank * half, from + p.rank * half, half, ready, 3);
-            } else {
-                bulk_copy(weights, from, channels * kRowBytes, ready);
-            }
+            bulk_copy(weights, p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * kRowBytes,
+                      channels * kRowBytes, ready);
             if (first_tile && panel == 0) wait_for_last_kernel();  // weights were there before it
-            if (!kPaired || tokens > 0)
-                bulk_copy(weights + kWeightBytes, p.x + (static_cast<long long>(panel) * p.rows + token0) * kPanel,
-                          tokens * kPanel, ready);
-            copy_scales(p, place, panel, base, ready, token0, tokens, channel0, channels);
+            bulk_copy(weights + kWeightBytes, p.x + (static_cast<long long>(panel) * p.rows + token0) * kPanel,
+                      tokens * kPanel, ready);
+            const uint32 scales = base + kScalesAt + place.stage * kScaleBytes;
+#pragma unroll
+            for (int part = 0; part < kSegments; ++part) {
+                const int segment = kSegments > 1 ? panel * kSegments + part : panel / kSegmentPanels;
+                const int token_row = segment / p.token_group, channel_row = segment / p.channel_group;
+                const uint32 token_at = part * kTokens * 4, channel_at = part * kChannels * 4;
+                uint32 to = scales;
+                if constexpr (kTokenScales) {
+                    copy_rows(to + token_at, p.token_scale, token_row, p.rows, token0, tokens, ready);
+                    to += kTokenScaleBytes;
+                }
+                if constexpr (kChannelScales) {
+                    copy_rows(to + channel_at, p.channel_scale, channel_row, p.weight_rows, channel0, channels, ready);
+                    to += kChannelScaleBytes;
+                }
+                if constexpr (kWeightZero) {
+                    copy_rows(to + token_at, p.token_sum, segment, p.rows, token0, tokens, ready);
+                    to += kTokenScaleBytes;
+                    copy_rows(to + channel_at, p.channel_zero, channel_row, p.weight_rows, channel0, channels, ready);
+                    to += kChannelScaleBytes;
+                }
+                if constexpr (kInputZero) {
+                    copy_rows(to + token_at, p.token_zero, token_row, p.rows, token0, tokens, ready);
+                    to += kTokenScaleBytes;
+                    copy_rows(to + channel_at, p.channel_sum, segment, p.weight_rows, channel0, channels, ready);
+                    to += kChannelScaleBytes;
+                }
+                if constexpr (kMultipliers) {
+                    bulk_copy(to + part * kChannels,
+                              p.multiplier + static_cast<long long>(channel_row) * p.weight_rows + channel0, channels, ready);
+                }
+            }
         }
         first_tile = false;
     }
@@ -256,11 +236,7 @@ __device__ __forceinline__ void unpack_panel(uint32 (&a)[4][4], const PackedPane
 // This warp has read all it needs of a stage.
 __device__ __forceinline__ void release(uint32 empty, int lane) {
     __syncwarp();
-    if constexpr (kPaired) {
-        if (lane < 2) barrier_arrive_in(empty, lane);
-    } else {
-        if (lane == 0) barrier_arrive(empty);
-    }
+    if (lane == 0) barrier_arrive(empty);
 }
 
 // The transposed tile into rows of tokens.
@@ -496,12 +472,7 @@ __device__ __forceinline__ void accumulate_pipelined(
     }
 }
 
-#if QDIT_PAIRED
-#define QDIT_CLUSTER __cluster_dims__(2, 1, 1)
-#else
-#define QDIT_CLUSTER
-#endif
-extern "C" __global__ void QDIT_CLUSTER __launch_bounds__(kThreads, 1) qdit_linear(
+extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const uint8* x, const float* token_scale, const float* token_sum, const float* token_zero, const uint8* w,
     const float* channel_scale, const float* channel_zero, const float* channel_sum, const uint8* multiplier,
     const uint16* bias, const uint16* residual, const uint16* gate, int tokens, int channels, int panels, int rows,
@@ -512,27 +483,21 @@ extern "C" __global__ void QDIT_CLUSTER __launch_bounds__(kThreads, 1) qdit_line
     // the same for a whole warp, and the compiler is to know it
     const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0), thread = threadIdx.x % 128;
     const int channel_tiles = (channels + kChannels - 1) / kChannels;
-    const int token_tiles = (tokens + kTokens - 1) / kTokens;
-    const int tiles = (token_tiles + kBlocks - 1) / kBlocks * channel_tiles;
-    const int rank = kPaired ? rank_in_cluster() : 0;
+    const int tiles = (tokens + kTokens - 1) / kTokens * channel_tiles;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
             barrier_init(full + stage * 8, 1);
-            barrier_init(empty + stage * 8, 4 * kWarpgroups * kBlocks);
+            barrier_init(empty + stage * 8, 4 * kWarpgroups);
         }
         fence_barrier_init();
     }
-    if constexpr (kPaired) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
     launch_dependents();
 
     if (warpgroup == kWarpgroups) {
         lower_registers<kProducerRegisters>();
         const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
-                        multiplier, panels, rows, weight_rows, token_group, channel_group, tiles, channel_tiles, rank};
+                        multiplier, panels, rows, weight_rows, token_group, channel_group, tiles, channel_tiles};
         if (thread == 0) produce(p, base);
     } else {
         raise_registers<kConsumerRegisters>();
@@ -546,12 +511,9 @@ extern "C" __global__ void QDIT_CLUSTER __launch_bounds__(kThreads, 1) qdit_line
                             tokens, channels, out};
         if (kInTurn && warpgroup + 1 == kWarpgroups) pass_turn(warpgroup);  // the first turn is warpgroup 0's
         Place place;
-        if constexpr (kStaggered) {
-            if (warpgroup < panels && warpgroup < kStages) barrier_wait(full + warpgroup * 8, 0);
-        }
-        TilePlace at(blockIdx.x / kBlocks, gridDim.x / kBlocks, channel_tiles);
-        for (int tile = blockIdx.x / kBlocks; tile < tiles; tile += gridDim.x / kBlocks, at.next()) {
-            const int token0 = (at.token * kBlocks + rank) * kTokens;
+        TilePlace at(blockIdx.x, gridDim.x, channel_tiles);
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, at.next()) {
+            const int token0 = at.token * kTokens;
             const int channel0 = at.channel * kChannels + warpgroup * 64;
 #if QDIT_GATED
             for (int at = thread; at < kTokens; at += 128)
@@ -581,5 +543,4 @@ extern "C" __global__ void QDIT_CLUSTER __launch_bounds__(kThreads, 1) qdit_line
             store_tile(staging, output, token0, channel0, thread);
         }
     }
-    if constexpr (kPaired) cluster_sync();  // the other block may still copy into this one's memory
 }

@@ -62,35 +62,6 @@ __device__ __forceinline__ void bulk_copy(uint32 to, const void* from, uint32 by
         : "memory");
 }
 
-// The same bytes into every block of the cluster that `blocks` has a bit for, at the same places, and the same barriers told.
-__device__ __forceinline__ void bulk_copy_to_all(uint32 to, const void* from, uint32 bytes, uint32 barrier, uint16 blocks) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(
-            to),
-        "l"(from), "r"(bytes), "r"(barrier), "h"(blocks)
-        : "memory");
-}
-
-__device__ __forceinline__ uint32 rank_in_cluster() {
-    uint32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// Arrives at the barrier at the same place in another block of the cluster, or in this one.
-__device__ __forceinline__ void barrier_arrive_in(uint32 barrier, uint32 rank) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
-        "r"(rank)
-        : "memory");
-}
-
-// All threads of all blocks of the cluster.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // Programmatic dependent launch: lets the next kernel of the stream start its preamble; waits until the last one
 // has finished, before anything that it wrote is read and anything that it reads is written.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

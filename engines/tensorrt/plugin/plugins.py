@@ -146,17 +146,16 @@ class ProductPlugin:
         made: LinearKind = kind_from_text(LinearKind, kind)
         tile = tile_of(tactic)
         count, channels = rows_of(trtp, given["residual"]), given["bias"].shape_expr[0]
-        together = tile.blocks_together
-        clusters = trtp.cdiv(count, tile.tokens * together) * trtp.cdiv(channels, tile.channels)
-        if gpu.hopper:  # as many as stay resident, and one warpgroup more that copies
-            clusters = trtp.min(clusters, gpu.multiprocessors // together)
+        tiles = trtp.cdiv(count, tile.tokens) * trtp.cdiv(channels, tile.channels)
+        # on Hopper as many blocks as stay resident, and one warpgroup more that copies
+        blocks = trtp.min(tiles, gpu.multiprocessors) if gpu.hopper else tiles
         return Launch(
             file="linear_sm90.cu" if gpu.hopper else "linear_sm80.cu",
             entry="qdit_linear",
             defines=linear_defines(made, tile, hopper=gpu.hopper, gated=False, bfloat16=False),
             shared_bytes=linear_shared_bytes(made, tile, gpu.hopper),
             threads=128 * (tile.warpgroups + int(gpu.hopper)),
-            grid=(clusters * together, 1),
+            grid=(blocks, 1),
             scalars=(
                 count,
                 channels,

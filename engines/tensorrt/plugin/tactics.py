@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 from ...kernels.driver import Gpu
 from ...kernels.tuning import by_rule, candidates, tile_for
 from ...kernels.variants import LinearKind, Tile
 
 _WITHOUT_ASKING = 48 << 10  # shared memory of a launch that needs no function attribute
-# tokens 9 bits, warpgroups 2, stages 4, turns 2, pipelined, paired, staggered 1 each
-_SHIFTS = (0, 9, 11, 15, 17, 18, 19)
-_MASKS = (0x1FF, 0x3, 0xF, 0x3, 0x1, 0x1, 0x1)
+# tokens 9 bits, warpgroups 2, stages 4, turns 2, pipelined 1
+_SHIFTS = (0, 9, 11, 15, 17)
+_MASKS = (0x1FF, 0x3, 0xF, 0x3, 0x1)
 
 
 def tactic_of(tile: Tile) -> int:
     """A tile as one positive integer."""
-    return sum(int(part) << shift for part, shift in zip(astuple(tile), _SHIFTS, strict=True))
+    parts = (tile.tokens, tile.warpgroups, tile.stages, tile.turns, int(tile.pipelined))
+    return sum(part << shift for part, shift in zip(parts, _SHIFTS, strict=True))
 
 
 def tile_of(tactic: int) -> Tile:
     """The inverse of `tactic_of`. Raises `InputError` for what is no tile."""
     parts = [tactic >> shift & mask for shift, mask in zip(_SHIFTS, _MASKS, strict=True)]
-    tokens, warpgroups, stages, turns, *forms = parts
-    return Tile(tokens, warpgroups, stages, turns, *map(bool, forms))
+    tokens, warpgroups, stages, turns, pipelined = parts
+    return Tile(tokens, warpgroups, stages, turns, bool(pipelined))
 
 
 def tiles_for(kind: LinearKind, rows: Sequence[int], channels: int, gpu: Gpu) -> list[Tile]:

@@ -100,8 +100,6 @@ def test_shared_memory_worked_out() -> None:
     ("name", "tile", "limits", "match"),
     [
         ("w8 g128", Tile(64, turns=1), Limits(hopper=False), "are for Hopper"),
-        ("w8 g128", Tile(64, paired=True), Limits(hopper=False), "are for Hopper"),
-        ("w8 g128", Tile(64, staggered=True, turns=1), Limits(), "cannot be a panel apart"),
         ("w8 channel token", Tile(64, turns=1), Limits(), "that promote along k"),
         ("w8 g96", Tile(64, pipelined=True), Limits(), "not every 32"),
         ("w8 g128", Tile(64, turns=2, pipelined=True), Limits(), "wait for its turn's end"),
