@@ -16,50 +16,91 @@ from torch import Tensor
 from .sampling import Trajectory
 
 
-def rows_together(trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Trajectory.rows` gives for each, in a row: x [R, C, H, W], timesteps and labels [R]."""
-    places: list[int] = []
-    timesteps: list[int] = []
-    labels: list[int] = []
-    start = 0
-    for trajectory in trajectories:
-        end = start + trajectory.sample_count
-        places += [*range(start, end)] * trajectory.halves
-        timesteps += [trajectory.timestep] * trajectory.row_count
-        labels += trajectory.label_rows
-        start = end
-    x = torch.cat([trajectory.scaled_input() for trajectory in trajectories])
-    if len(places) > start:  # the rows of guided samples, twice
-        x = x[places]
-    return (
-        x,
-        torch.tensor(timesteps, device=x.device),
-        torch.tensor(labels, device=x.device),
-    )
+class JointStep:
+    """One step of all `trajectories`: `rows` is what to predict for, `advance` takes it.
 
-
-@torch.no_grad()
-def advance_together(
-    trajectories: Sequence[Trajectory], prediction: Tensor
-) -> list[Exception | None]:
-    """Take one step of each by the noise predicted for `rows_together` [R, C, H, W].
-
-    Returns what each one's own scheduler raised: such a trajectory has not moved.
+    The rows with labels come first, those of guided trajectories before the others; then the rows
+    without labels. So each operation works on one slice of the call, and nothing is gathered.
     """
-    epsilons = _guided(trajectories, prediction)
-    joint = [steps_jointly(trajectory.scheduler) for trajectory in trajectories]
-    errors: list[Exception | None] = [None] * len(trajectories)
-    for place, (trajectory, epsilon) in enumerate(zip(trajectories, epsilons, strict=True)):
-        if joint[place]:
-            continue
-        try:
-            trajectory.step_by(epsilon)
-        except Exception as error:  # a scheduler's own; its neighbours are sound
-            errors[place] = error
-    together = [place for place, is_joint in enumerate(joint) if is_joint]
-    if together:
-        _ddim_steps([trajectories[i] for i in together], [epsilons[i] for i in together])
-    return errors
+
+    def __init__(self, trajectories: Sequence[Trajectory]) -> None:
+        guided = [trajectory for trajectory in trajectories if trajectory.halves == 2]
+        plain = [trajectory for trajectory in trajectories if trajectory.halves == 1]
+        self._guided = guided
+        self._trajectories = guided + plain
+        self._counts = [trajectory.sample_count for trajectory in self._trajectories]
+        self._count = sum(self._counts)
+        self._guided_count = sum(self._counts[: len(guided)])
+        self._seen: Tensor | None = None  # the inputs of `rows` with labels
+
+    @torch.no_grad()
+    def rows(self, padded_to: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, C, H, W], timesteps and labels [R]; for one trajectory what its `rows` gives.
+
+        Up to `padded_to` rows are repeats of the first: real values, so that nothing overflows.
+        """
+        inputs = [trajectory.scaled_input() for trajectory in self._trajectories]
+        timesteps: list[int] = []
+        labels: list[int] = []
+        for trajectory in self._trajectories:
+            timesteps += [trajectory.timestep] * trajectory.sample_count
+            labels += trajectory.labels
+        timesteps += timesteps[: self._guided_count]
+        for trajectory in self._guided:
+            labels += [trajectory.null_label] * trajectory.sample_count
+        padding = max(padded_to - len(labels), 0)
+        timesteps += timesteps[:1] * padding
+        labels += labels[:1] * padding
+        x = torch.cat(inputs + inputs[: len(self._guided)] + [inputs[0][:1]] * padding)
+        self._seen = x[: self._count]
+        return (
+            x,
+            torch.tensor(timesteps, device=x.device),
+            torch.tensor(labels, device=x.device),
+        )
+
+    @torch.no_grad()
+    def advance(self, prediction: Tensor) -> dict[Trajectory, Exception]:
+        """Take the step by the noise predicted for `rows`, with or without the padding's.
+
+        Returns what each one's own scheduler raised: such a trajectory has not moved.
+        """
+        if self._seen is None:
+            raise RuntimeError("a joint step must tell its rows before it advances")
+        epsilon = self._guided_noise(prediction)
+        joint = [steps_jointly(trajectory.scheduler) for trajectory in self._trajectories]
+        if all(joint):
+            _ddim_steps(self._trajectories, self._seen, epsilon)
+            return {}
+        errors: dict[Trajectory, Exception] = {}
+        epsilons, seen = epsilon.split(self._counts), self._seen.split(self._counts)
+        for trajectory, own, is_joint in zip(self._trajectories, epsilons, joint, strict=True):
+            if is_joint:
+                continue
+            try:
+                trajectory.step_by(own)
+            except Exception as error:  # a scheduler's own; its neighbours are sound
+                errors[trajectory] = error
+        if any(joint):
+            places = [place for place, is_joint in enumerate(joint) if is_joint]
+            _ddim_steps(
+                [self._trajectories[place] for place in places],
+                torch.cat([seen[place] for place in places]),
+                torch.cat([epsilons[place] for place in places]),
+            )
+        return errors
+
+    def _guided_noise(self, prediction: Tensor) -> Tensor:
+        """[n, C, H, W], as `Trajectory.advance` makes it of each one's own rows."""
+        prediction = prediction.to(self._trajectories[0].x)
+        if not self._guided:
+            return prediction[: self._count]
+        scales = [t.guidance for t in self._guided for _ in range(t.sample_count)]
+        scale = torch.tensor(scales, dtype=prediction.dtype, device=prediction.device)
+        null = prediction[self._count : self._count + self._guided_count]
+        epsilon = prediction[: self._count].clone()  # what the engine gave stays its own
+        epsilon[: self._guided_count].sub_(null).mul_(scale.view(-1, 1, 1, 1)).add_(null)
+        return epsilon
 
 
 def steps_jointly(scheduler: Any) -> bool:
@@ -72,53 +113,31 @@ def steps_jointly(scheduler: Any) -> bool:
     )
 
 
-def _guided(trajectories: Sequence[Trajectory], prediction: Tensor) -> list[Tensor]:
-    """Each one's noise [n, C, H, W], as `Trajectory.advance` makes it of its own rows."""
-    prediction = prediction.to(trajectories[0].x)
-    with_label: list[int] = []
-    without: list[int] = []
-    scales: list[float] = []
-    start = 0
-    for trajectory in trajectories:
-        middle = start + trajectory.sample_count
-        with_label += range(start, middle)
-        if trajectory.halves == 2:
-            without += range(middle, start + trajectory.row_count)
-            scales += [trajectory.guidance] * trajectory.sample_count
-        start += trajectory.row_count
-    counts = [trajectory.sample_count for trajectory in trajectories]
-    if not without:
-        return list(prediction.split(counts))
-    epsilon = prediction[with_label]
-    is_guided = torch.tensor([t.halves == 2 for t in trajectories for _ in range(t.sample_count)])
-    scale = torch.tensor(scales, dtype=epsilon.dtype, device=epsilon.device).view(-1, 1, 1, 1)
-    null, guided = prediction[without], epsilon[is_guided]
-    epsilon[is_guided] = null + scale * (guided - null)
-    return list(epsilon.split(counts))
-
-
-def _ddim_steps(trajectories: Sequence[Trajectory], epsilons: Sequence[Tensor]) -> None:
+def _ddim_steps(trajectories: Sequence[Trajectory], x: Tensor, epsilon: Tensor) -> None:
     """Equation 12 of Song et al., arXiv 2010.02502, without added noise, in the order in which
-    diffusers computes it."""
+    diffusers computes it; x [n, C, H, W] is all of theirs, which DDIM does not scale."""
     counts = [trajectory.sample_count for trajectory in trajectories]
-    x, epsilon = torch.cat([t.x for t in trajectories]), torch.cat(list(epsilons))
-    seen = torch.cat([t.scaled_input() for t in trajectories])
     coefficients = [
-        t.coefficients(ddim_coefficients)[t.position].expand(count, -1)
-        for t, count in zip(trajectories, counts, strict=True)
+        row
+        for trajectory in trajectories
+        for row in [trajectory.of_scheduler(ddim_coefficients)[trajectory.position]]
+        * trajectory.sample_count
     ]
-    columns = torch.cat(coefficients).to(x).view(-1, 5, 1, 1, 1).unbind(1)
-    noise, signal, next_signal, next_noise, bound = columns
-    foreseen = ((x - noise * epsilon) / signal).clamp(-bound, bound)
-    stepped = next_signal * foreseen + next_noise * epsilon
-    parts = (values.split(counts) for values in (stepped, seen, epsilon))
-    for trajectory, *own in zip(trajectories, *parts, strict=True):
-        trajectory.take(*own)
+    columns = torch.tensor(coefficients, dtype=x.dtype, device=x.device).view(-1, 5, 1, 1, 1)
+    noise, signal, next_signal, next_noise, bound = columns.unbind(1)
+    # in place on what is fresh: the same values, and no memory to be asked for
+    foreseen = noise * epsilon
+    torch.sub(x, foreseen, out=foreseen).div_(signal).clamp_(-bound, bound)
+    stepped = foreseen.mul_(next_signal).add_(next_noise * epsilon)
+    start = 0
+    for trajectory, own, count in zip(trajectories, stepped.split(counts), counts, strict=True):
+        trajectory.take(own, x, epsilon, start)
+        start += count
 
 
-def ddim_coefficients(scheduler: Any) -> Tensor:
-    """[steps, 5], float32: √(1−ᾱ) and √ᾱ of each step, √ᾱ and √(1−ᾱ) of where it leads, and the
-    bound of the foreseen sample (infinite where it is not clipped)."""
+def ddim_coefficients(scheduler: Any) -> list[list[float]]:
+    """Of each step, as float32: √(1−ᾱ) and √ᾱ, √ᾱ and √(1−ᾱ) of where it leads, and the bound of
+    the foreseen sample (infinite where it is not clipped)."""
     config, timesteps = scheduler.config, scheduler.timesteps.cpu()
     previous = timesteps - config.num_train_timesteps // scheduler.num_inference_steps
     alphas, last = scheduler.alphas_cumprod, scheduler.final_alpha_cumprod
@@ -126,4 +145,5 @@ def ddim_coefficients(scheduler: Any) -> Tensor:
     there = torch.where(previous >= 0, alphas[previous.clamp(min=0)], last)
     bound = config.clip_sample_range if config.clip_sample else torch.inf
     roots = torch.stack([1 - here, here, there, 1 - there]).sqrt()
-    return torch.cat([roots, torch.full_like(here, bound).unsqueeze(0)]).T.contiguous()
+    found: list[list[float]] = torch.cat([roots, torch.full_like(here, bound)[None]]).T.tolist()
+    return found

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..progress import Progress, Silent
 from .families.base import Denoiser, Family
 from .model import DiffusionModel
-from .schedulers import make_scheduler, set_steps
+from .schedulers import make_scheduler, prepare_scheduler, set_steps
 
 # (position of the step, its timestep, the denoiser's conditional input [n, C, H, W], labels [n])
 OnStep = Callable[[int, int, Tensor, Tensor], None]
@@ -135,6 +135,10 @@ class SampledModel:
         )
 
 
+# A step's inputs and predictions [≥ start + n, C, H, W], where a trajectory's start, its timestep.
+_Seen = tuple[Tensor, Tensor, int, int]
+
+
 class Trajectory:
     """Samples on their way from noise to image, with a scheduler of their own: they keep state.
 
@@ -150,18 +154,23 @@ class Trajectory:
         device: torch.device | str = "cpu",
     ) -> None:
         self.guidance = settings.guidance_scale
-        self.scheduler = make_scheduler(model.scheduler_config, settings.scheduler)
-        self.timesteps = set_steps(self.scheduler, settings.num_inference_steps)
+        self._prepared = prepare_scheduler(
+            model.scheduler_config, settings.scheduler, settings.num_inference_steps
+        )
+        self.scheduler = self._prepared.scheduler
+        self.timesteps = self._prepared.timesteps
         self.position = 0  # of the step that `rows` asks for
-        self._options = _step_options(self.scheduler, indices, settings.seed)
-        self._labels: list[int] = labels_for(indices, model.class_count).tolist()
-        self._null_labels = [model.null_label] * len(self._labels)
+        self.sample_count = len(indices)
+        # how often each sample is in `rows`: with its label, and under guidance without
+        self.halves = 1 if self.guidance == 1.0 else 2
+        self.row_count = self.halves * self.sample_count
+        self.labels: list[int] = labels_for(indices, model.class_count).tolist()
+        self.null_label = model.null_label
         noise = initial_noise(indices, model.sample_shape, settings.seed).to(device)
         self.x: Tensor = noise * float(self.scheduler.init_noise_sigma)
         self._input: Tensor | None = None  # of this step, once it was asked for
-        self._last: tuple[Tensor, Tensor, int] | None = None  # input, prediction, timestep
-        self.sample_count = len(indices)
-        self._coefficients: Tensor | None = None
+        self._last: _Seen | None = None
+        self._indices, self._seed = tuple(indices), settings.seed
 
     @property
     def steps_left(self) -> int:
@@ -172,20 +181,10 @@ class Trajectory:
         """Of the step that `rows` asks for."""
         return self.timesteps[self.position]
 
-    @property
-    def halves(self) -> int:
-        """How often each sample is in `rows`: with its label, and under guidance without."""
-        return 1 if self.guidance == 1.0 else 2
-
-    @property
-    def row_count(self) -> int:
-        """Rows of one denoiser call: two a sample under guidance, else one."""
-        return self.halves * self.sample_count
-
-    @property
-    def label_rows(self) -> list[int]:
-        """The labels of `rows`."""
-        return self._labels + self._null_labels * (self.halves - 1)
+    @cached_property
+    def _options(self) -> dict[str, Any]:
+        """Made where a step asks for them: seeding generators takes longer than a joint step."""
+        return _step_options(self.scheduler, self._indices, self._seed)
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor]:
         """The denoiser's inputs: x [row_count, C, H, W], timesteps and labels [row_count].
@@ -193,7 +192,8 @@ class Trajectory:
         Under guidance the conditional half comes first.
         """
         x = torch.cat([self.scaled_input()] * self.halves)
-        labels = torch.tensor(self.label_rows, device=x.device)
+        null_labels = [self.null_label] * (self.row_count - self.sample_count)
+        labels = torch.tensor(self.labels + null_labels, device=x.device)
         return x, torch.full_like(labels, self.timestep), labels
 
     @torch.no_grad()
@@ -214,20 +214,21 @@ class Trajectory:
         step = self.scheduler.step(epsilon, own_timestep, self.x, **self._options)
         self.take(step.prev_sample, seen, epsilon)
 
-    def take(self, x: Tensor, seen: Tensor, epsilon: Tensor) -> None:
-        """Move on to `x` [n, C, H, W], which a step made of the input `seen` and its noise."""
-        self._last = seen, epsilon, self.timestep
+    def take(self, x: Tensor, seen: Tensor, epsilon: Tensor, start: int = 0) -> None:
+        """Move on to `x` [n, C, H, W], which a step made of the input `seen` and its noise: both
+        [≥ start + n, C, H, W], with this trajectory's from `start` on."""
+        self._last = seen, epsilon, start, self.timesteps[self.position]
         self.x, self._input = x, None
         self.position += 1
 
-    def coefficients(self, of: Callable[[Any], Tensor]) -> Tensor:
-        """What `of` makes of the scheduler, once."""
-        if self._coefficients is None:
-            self._coefficients = of(self.scheduler)
-        return self._coefficients
+    def of_scheduler(self, of: Callable[[Any], Any]) -> Any:
+        """What `of` makes of the scheduler: once for all trajectories that share it."""
+        return self._prepared.derived(of)
 
     def scaled_input(self) -> Tensor:
         """x [n, C, H, W] as this scheduler's denoiser wants to see it."""
+        if self._prepared.is_plain:
+            return self.x
         if self._input is None:
             own_timestep = self.scheduler.timesteps[self.position]
             self._input = self.scheduler.scale_model_input(self.x, own_timestep)
@@ -242,7 +243,8 @@ class Trajectory:
         """
         if self._last is None:
             return self.x
-        x, prediction, timestep = self._last
+        seen, epsilon, start, timestep = self._last
+        x, prediction = (values[start : start + self.sample_count] for values in (seen, epsilon))
         alpha = self.scheduler.alphas_cumprod[timestep].to(x)
         signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
         kind = self.scheduler.config.prediction_type

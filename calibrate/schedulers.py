@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError
 
 DEFAULT_SCHEDULER = "DDIMScheduler"
+# Their steps change nothing in them (sampling never sets DDIM's eta), so that trajectories may
+# share one, and their denoisers see samples as they are.
+_PLAIN = ("DDIMScheduler",)
 
 
 def make_scheduler(scheduler_config: dict[str, Any], name: str | None = None) -> Any:
@@ -36,6 +41,46 @@ def make_scheduler(scheduler_config: dict[str, Any], name: str | None = None) ->
         return copy.deepcopy(_prototype(class_name, json.dumps(scheduler_config, default=str)))
     except (TypeError, ValueError, NotImplementedError, ImportError) as error:
         raise InputError(f"cannot make a {class_name} of this config: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedScheduler:
+    """A scheduler that was told its number of steps, and the `timesteps` that it visits.
+
+    `is_plain`: its steps leave no state behind, and it does not scale the denoiser's input.
+    """
+
+    scheduler: Any
+    timesteps: tuple[int, ...]
+    is_plain: bool
+    _derived: dict[Callable[[Any], Any], Any] = field(default_factory=dict, init=False)
+
+    def derived(self, of: Callable[[Any], Any]) -> Any:
+        """What `of` makes of the scheduler, made once."""
+        if of not in self._derived:
+            self._derived[of] = of(self.scheduler)
+        return self._derived[of]
+
+
+def prepare_scheduler(
+    scheduler_config: dict[str, Any], name: str | None, num_inference_steps: int
+) -> PreparedScheduler:
+    """`make_scheduler` and `set_steps` for one trajectory. Raises what they raise.
+
+    A server makes one for every image: what was prepared before is shared where steps leave no
+    state behind, and copied otherwise.
+    """
+    prepared = _prepared(json.dumps(scheduler_config, default=str), name, num_inference_steps)
+    if prepared.is_plain:
+        return prepared
+    return replace(prepared, scheduler=copy.deepcopy(prepared.scheduler))
+
+
+@lru_cache(maxsize=256)
+def _prepared(config: str, name: str | None, num_inference_steps: int) -> PreparedScheduler:
+    scheduler = make_scheduler(json.loads(config), name)
+    timesteps = tuple(set_steps(scheduler, num_inference_steps))
+    return PreparedScheduler(scheduler, timesteps, type(scheduler).__name__ in _PLAIN)
 
 
 @lru_cache(maxsize=32)

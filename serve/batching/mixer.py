@@ -5,14 +5,15 @@ Single-threaded and deterministic: clock, engine and listeners come from outside
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ...calibrate.families.base import Denoiser
-from ...calibrate.joint_steps import advance_together, rows_together
+from ...calibrate.joint_steps import JointStep
+from ...calibrate.sampling import Trajectory
 from ...errors import InputError
 from ..errors import ClientGoneError, EngineFailedError, RequestTimeoutError, ServeError
 from .fairness import STRETCH, FairClock
@@ -134,20 +135,21 @@ class StepMixer:
         chosen = self._policy(list(self._jobs.values()), self.max_rows)
         if not chosen:
             return None
-        x, timesteps, labels = rows_together([sample.trajectory for sample in chosen])
-        count = len(x)
-        padding = self._padded(count) - count
+        joint = JointStep([sample.trajectory for sample in chosen])
+        count = sum(sample.rows for sample in chosen)
+        padded = self._padded(count)
+        rows = joint.rows(padded)
         started = self._clock()
         try:
-            predicted = self._call(x, timesteps, labels, padding)
+            predicted = self._call(*rows)
         except Exception as error:  # engines raise kinds of their own
             self._fail(chosen, error)
-            return StepReport(len(chosen), count, count + padding, self._clock() - started, error)
+            return StepReport(len(chosen), count, padded, self._clock() - started, error)
         seconds = self._clock() - started
         self._note_speed(count, seconds)
         self._fair.serve(count, len(self._jobs))
-        self._advance(chosen, predicted)
-        return StepReport(len(chosen), count, count + padding, seconds)
+        self._advance(chosen, joint.advance(predicted))
+        return StepReport(len(chosen), count, padded, seconds)
 
     def backlog(self) -> Backlog:
         """What is left to do, as a value that other threads may keep and ask."""
@@ -161,18 +163,13 @@ class StepMixer:
     def _padded(self, count: int) -> int:
         return next((size for size in self._batch_sizes if size >= count), count)
 
-    def _call(self, x: Tensor, timesteps: Tensor, labels: Tensor, padding: int) -> Tensor:
-        if padding:  # repeats of the first row: real values, so that nothing overflows
-            x, timesteps, labels = (
-                torch.cat([value, value[:1].expand(padding, *value.shape[1:])])
-                for value in (x, timesteps, labels)
-            )
+    def _call(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
         predicted = self.denoise(x, timesteps, labels)
         if predicted.shape != x.shape:
             raise RuntimeError(
                 f"the engine must predict {list(x.shape)}, it gave {list(predicted.shape)}"
             )
-        return predicted[: len(x) - padding]
+        return predicted
 
     def _note_speed(self, rows: int, seconds: float) -> None:
         speed = rows / max(seconds, 1e-9)
@@ -183,11 +180,10 @@ class StepMixer:
         self.rows_per_second = _MEMORY * self.rows_per_second + fresh * speed
         self.seconds_per_call = _MEMORY * self.seconds_per_call + fresh * seconds
 
-    def _advance(self, chosen: Sequence[Sample], predicted: Tensor) -> None:
+    def _advance(self, chosen: Sequence[Sample], failures: Mapping[Trajectory, Exception]) -> None:
         served: set[int] = set()
-        failures = advance_together([sample.trajectory for sample in chosen], predicted)
-        for sample, failure in zip(chosen, failures, strict=True):
-            job = sample.job
+        for sample in chosen:
+            job, failure = sample.job, failures.get(sample.trajectory)
             if job.order not in self._jobs:
                 continue  # it failed by another of its images
             if failure is not None:
@@ -207,6 +203,8 @@ class StepMixer:
         A job is done when what comes before it in turn and itself are, and not before it had a
         call for each of its steps.
         """
+        if not any(job.tells_progress for job in self._jobs.values()):
+            return
         now, ahead = self._clock(), 0
         for job in sorted(self._jobs.values(), key=lambda job: job.turn):
             ahead += job.work_left

@@ -100,8 +100,8 @@ class TestMixing:
         mixer.submit(short)
         mixer.submit(long)
         mixer.step()
-        # DDIM, leading spacing: 1000/2 and 4·1000/5; the guided job brings its null label
-        assert engine.calls == [([500, 800, 800], [1, 2, 10])]
+        # DDIM, leading spacing: 4·1000/5 and 1000/2; the guided job brings its null label
+        assert engine.calls == [([800, 500, 800], [2, 1, 10])]
 
     def test_joins_at_the_next_step_and_leaves_when_done(
         self, mixer: StepMixer, engine: FakeEngine
