@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibrate.features import to_uint8
 from ..calibrate.sampling import decode_samples
+from .torch_threads import many_threads
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 FORMATS: tuple[str, ...] = get_args(ImageFormat)
@@ -24,7 +25,11 @@ def encode_sample(
 
     `quality` 0 … 100 is for jpeg and webp. Equal samples give equal bytes.
     """
-    pixels = decode_samples(vae, sample[None].detach(), 1)[0]
+    if vae is None:
+        pixels = decode_samples(None, sample[None].detach(), 1)[0]
+    else:
+        with many_threads():
+            pixels = decode_samples(vae, sample[None].detach(), 1)[0]
     pixels = torch.nan_to_num(pixels, nan=0.0)  # a preview of a sample that went wrong
     image = Image.fromarray(to_uint8(pixels).permute(1, 2, 0).contiguous().numpy())
     file = io.BytesIO()

@@ -26,6 +26,7 @@ from .artifacts import check_onnx
 from .cards import ModelCard
 from .live_engine import LiveEngine, Opened
 from .settings import ServeSettings
+from .torch_threads import many_threads
 
 FULL_PRECISION = "full-precision"
 _ONNX_FILES = (
@@ -58,7 +59,7 @@ def load_models(settings: ServeSettings, say: Callable[[str], None]) -> Sequence
     say(f"{served.card.id}: {served.card.precision} on engine {served.card.engine}")
     if not settings.full_precision:
         return [served]
-    full = load_full_precision(served, settings.folder, settings.device)
+    full = load_full_precision(served, settings.folder, settings.device, settings.threads)
     say(f"{full.card.id}: full precision on {full.card.engine}")
     return [served, full]
 
@@ -102,9 +103,12 @@ def load_served(
     return ServedModel(card, sampled, live, kind.batch_sizes, decoder, largest)
 
 
-def load_full_precision(served: ServedModel, folder: Path, device: str) -> ServedModel:
+def load_full_precision(
+    served: ServedModel, folder: Path, device: str, threads: int | None = None
+) -> ServedModel:
     """The full-precision model that `folder` was made from, in PyTorch, to be looked at beside it.
 
+    `threads` are the CPU's, None: as many as torch chooses.
     Raises `InputError` where the place that the checkpoint names no longer holds that model.
     """
     checkpoint = QuantizedCheckpoint.read(folder)
@@ -121,7 +125,8 @@ def load_full_precision(served: ServedModel, folder: Path, device: str) -> Serve
 
     def denoiser(x: torch.Tensor, timesteps: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         given = (value.to(where) for value in (x, timesteps, labels))
-        return call(*given).to(x)
+        with many_threads(threads):
+            return call(*given).to(x)
 
     card = _card(
         checkpoint.model_name,

@@ -20,6 +20,7 @@ from ..errors import (
     ServeError,
     UnavailableError,
 )
+from ..torch_threads import use_one_thread
 from .jobs import Event, Failed, Finished, Job, Listener
 from .mixer import Backlog, StepMixer, StepReport
 
@@ -199,6 +200,7 @@ class Worker:
             log.exception("nobody could be told of an event")
 
     def _run(self) -> None:
+        use_one_thread()
         while self._take_in():
             self._step_safely()
         self._mixer.fail_all(UnavailableError("the server stopped"))
