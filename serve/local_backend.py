@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-
-from torch import Tensor, nn
 
 from ..calibrate.sampling import SamplingSettings, Trajectory
 from ..errors import InputError
 from .backend import Generation, Health, ImageUpdate, ProgressUpdate, Update
 from .batch_size import fitting_batch_size
-from .batching.jobs import Event, Failed, Finished, Job, Listener, Preview, Progress
+from .batching.jobs import Job, Listener
 from .batching.mixer import StepMixer
 from .batching.policies import make_policy
 from .batching.worker import Bounds, Observer, State, Worker
 from .cards import ModelCard
-from .errors import BadRequestError, RequestTimeoutError, ServeError, UnknownModelError
+from .errors import BadRequestError, UnknownModelError
 from .images import encode_sample
 from .served_model import ServedModel
 from .settings import EngineLimits
+from .updates import Updates
 
 log = logging.getLogger("qdit.serve")
 
 _SECONDS_TO_STOP = 10.0
 _SECONDS_PAST_THE_DEADLINE = 5.0  # the worker tells of it itself unless a call hangs
+_IMAGES_MADE_AT_ONCE = 2  # their noise takes less time than a way to a thread and back
+_MOST_ENCODERS = 16
+
+
+def _encoder_threads() -> int:
+    return min(os.cpu_count() or 1, _MOST_ENCODERS)
 
 
 class LocalBackend:
@@ -41,6 +47,8 @@ class LocalBackend:
         observers: Mapping[str, Observer],
     ) -> None:
         self._models = {model.card.id: model for model in models}
+        self._cards = {name: model.card for name, model in self._models.items()}
+        self._encoders = ThreadPoolExecutor(_encoder_threads(), "encoder")
         self._limits = limits
         self._workers = {
             name: _start_worker(model, limits, observers[name])
@@ -49,7 +57,7 @@ class LocalBackend:
 
     @property
     def cards(self) -> Mapping[str, ModelCard]:
-        return {name: model.card for name, model in self._models.items()}
+        return self._cards
 
     @property
     def images(self) -> int:
@@ -61,18 +69,25 @@ class LocalBackend:
         if model is None:
             raise UnknownModelError(f"no model {generation.model!r} is loaded", "model")
         worker = self._workers[generation.model]
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        tell = partial(_tell, loop, events)
-        job = await asyncio.to_thread(_job_of, generation, model, tell)
+        encode = partial(
+            encode_sample,
+            vae=model.vae,
+            image_format=generation.image_format,
+            quality=generation.quality,
+        )
+        updates = Updates(encode, self._encoders)
+        if generation.images <= _IMAGES_MADE_AT_ONCE:
+            job = _job_of(generation, model, updates.tell)
+        else:
+            job = await asyncio.to_thread(_job_of, generation, model, updates.tell)
         worker.submit(job)
         try:
             yield ProgressUpdate(0, job.steps, None)  # it is accepted
-            while True:
-                event = await _next_event(events, job.deadline)
-                yield await _update_of(event, generation, model.vae)
-                if isinstance(event, Finished) and event.is_last:
-                    return
+            left = generation.images
+            while left:
+                update = await updates.next(job.deadline + _SECONDS_PAST_THE_DEADLINE)
+                left -= isinstance(update, ImageUpdate) and update.preview is None
+                yield update
         finally:
             worker.cancel(job)  # does nothing to a job that has ended
 
@@ -94,6 +109,7 @@ class LocalBackend:
                 self._models[name].engine.close()
             else:
                 log.error("the engine of %s is still in a call and is left to the system", name)
+        self._encoders.shutdown(wait=False)
 
 
 def _start_worker(model: ServedModel, limits: EngineLimits, observer: Observer) -> Worker:
@@ -136,44 +152,4 @@ def _job_of(generation: Generation, model: ServedModel, tell: Listener) -> Job:
         deadline=time.monotonic() + generation.seconds,
         previews=generation.previews,
         tells_progress=generation.tells_progress,
-    )
-
-
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-        loop.call_soon_threadsafe(events.put_nowait, event)
-
-
-async def _next_event(events: asyncio.Queue[Event], deadline: float) -> Event:
-    patience = deadline + _SECONDS_PAST_THE_DEADLINE - time.monotonic()
-    try:
-        event = await asyncio.wait_for(events.get(), timeout=max(patience, 0))
-    except asyncio.TimeoutError as error:  # not TimeoutError before Python 3.11
-        raise RequestTimeoutError(
-            "the engine gave no sign of life in this request's time"
-        ) from error
-    if isinstance(event, Failed):
-        raise _fresh(event.error)
-    return event
-
-
-def _fresh(error: ServeError) -> ServeError:
-    """The error for this request alone: raising adds to an exception, and a batch shares one."""
-    made = type(error)(*error.args)
-    made.__cause__ = error.__cause__
-    return made
-
-
-async def _update_of(event: Event, generation: Generation, vae: nn.Module | None) -> Update:
-    if isinstance(event, Progress):
-        return ProgressUpdate(event.step, event.steps, event.eta)
-    if isinstance(event, Preview | Finished):
-        preview = event.ordinal if isinstance(event, Preview) else None
-        return ImageUpdate(event.image, preview, await _encoded(event.sample, generation, vae))
-    raise AssertionError(f"no update for {event}")
-
-
-async def _encoded(sample: Tensor, generation: Generation, vae: nn.Module | None) -> bytes:
-    return await asyncio.to_thread(
-        encode_sample, sample, vae, generation.image_format, generation.quality
     )
