@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 
 from ..calibrate.diffusers_logs import silence_schedulers
 from ..errors import InputError
@@ -12,6 +13,9 @@ from ..progress import Progress
 from .served_model import load_models
 from .settings import ServeSettings
 
+# The batcher's tensor operations give the interpreter away and want it back: where the event loop
+# has it, each waits for so long. Python's own 5 ms are longer than a GPU's call.
+_SECONDS_BETWEEN_SWITCHES = 0.0002
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -53,6 +57,7 @@ def run_serve(settings: ServeSettings, progress: Progress, log_level: int = logg
             finally:
                 await served.backend.close()
 
+        sys.setswitchinterval(_SECONDS_BETWEEN_SWITCHES)
         asyncio.run(run())
     progress.say("stopped")
 

@@ -51,6 +51,7 @@ DATA_FILES = {
 OPTIONAL_MODULES = [
     "cuda",
     "fastapi",
+    "httptools",
     "nncf",
     "openvino",
     "polygraphy",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from ... import __version__
@@ -83,6 +84,15 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse({"error": body}, error.status_code, error.headers)
 
 
+class _Direct(APIRoute):
+    """A route whose endpoint takes the request and gives the response: what FastAPI would do
+    between took a third of the time of a request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorResponse} for status in statuses}
 
@@ -103,9 +113,10 @@ def _add_api(app: FastAPI, parts: AppParts) -> None:
         return await generations.answer(request)
 
     schema = body_model.model_json_schema(ref_template="#/components/schemas/{model}")
-    app.add_api_route(
+    app.router.add_api_route(
         "/v1/images/generations",
         generate,
+        route_class_override=_Direct,
         methods=["POST"],
         response_class=JSONResponse,
         responses={

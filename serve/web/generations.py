@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
@@ -72,7 +72,8 @@ class Generations:
                 return EventStream(parts, updates, stack.pop_all())
             images = await _unless_gone(_collect(updates), request)
         self._finished(card.id, time.monotonic() - started)
-        return JSONResponse(_response(images, generation, card).model_dump(mode="json"))
+        answer = _response(images, generation, card).model_dump_json()
+        return Response(answer, media_type="application/json")
 
     def _parsed(self, data: bytes) -> ImageRequest:
         try:

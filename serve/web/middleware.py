@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import ServeError
@@ -16,6 +16,9 @@ from .metrics import Metrics
 from .security import SECURITY_HEADERS, ApiKeys
 
 log = logging.getLogger("qdit.serve")
+
+# as ASGI has them; no route sets one of these
+_SECURITY_HEADERS = [(name.encode(), value.encode()) for name, value in SECURITY_HEADERS.items()]
 
 
 class Around:
@@ -39,8 +42,8 @@ class Around:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers.update({**SECURITY_HEADERS, "x-request-id": request_id})
+                own = (*_SECURITY_HEADERS, (b"x-request-id", request_id.encode()))
+                message["headers"] = [*message["headers"], *own]
             await send(message)
 
         try:
