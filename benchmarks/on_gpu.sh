@@ -41,9 +41,9 @@ peers() { # torchao compiles for minutes: of 28 blocks, the first four
     xl --blocks 4 "${integer[@]}" --targets torch-compile,torch-quantized,torchao-int8 --json "$out/peers.json"
 }
 quality() { $python benchmarks/engine_quality.py build/demo --json "$out/quality.json"; }
-serve() {
+serve() { # one request at a time serves a tenth of the rows: its window ends by the clock
     $python benchmarks/serve_load.py build/demo --engine torch --device cuda --max-batch 64 --users 64 --rounds 1 \
-        --policies step-mixed,single --warmup 4000 --rows 20000 --json "$out/serve.json"
+        --policies step-mixed,single --warmup 4000 --rows 60000 --seconds 12 --seconds-alone 2 --json "$out/serve.json"
 }
 plugin() { $python benchmarks/tensorrt_plugin.py --rows 512,4096,16384 --json "$out/plugin.json"; }
 export_found() { # bits, budget

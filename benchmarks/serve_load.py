@@ -3,11 +3,13 @@
     python benchmarks/serve_load.py build/demo --users 64 --rounds 2 --json load.json
 
 Locust's users ask for one image after another, with no pause, of 5 … 50 steps and with or without
-guidance. Every policy is the real server in a process of its own, with the same rows a call. It is
-watched while it serves --rows rows after --warmup rows, and the engine alone is timed right before
-and after it, in a third process: other work on the machine slows both, and CPU time sees less of
-that than the clock. Rows a second, and the share of time that was spent in engine calls, come from
-the server's own counters; latencies from Locust.
+guidance. Every policy is the real server in a process of its own, with the same rows a call; all
+are started side by side before anything is timed, and idle while another one is watched. One is
+watched while it serves --rows rows after --warmup rows, each for at most --seconds; the engine
+alone, in one more process, is timed right before and after: other work on the machine slows both,
+and CPU time sees less of that than the clock. Rows a second, and the share of time that was spent
+in engine calls, come from the server's own counters; latencies from Locust. Each stage is told as
+it ends.
 
 'Short' requests are those of at most --short steps. Latencies are of the requests that ended while
 their server was watched, of all rounds together. The users' seeds are the same for each policy.
@@ -25,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
@@ -38,8 +40,10 @@ from locust.env import Environment
 POLICIES = ("step-mixed", "whole-trajectory", "single")
 STEPS = (5, 50)
 GUIDANCE = (1.0, 1.5)
-_START_SECONDS = 120
-_SECONDS_ALONE = 10.0
+_START_SECONDS = 180
+_STOP_SECONDS = 30
+_STARTED = time.monotonic()
+_PATIENCE = 60  # seconds without a row served
 
 
 @dataclass
@@ -95,6 +99,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=2700, help="rows: 64 users' requests once")
     parser.add_argument("--rows", type=int, default=5400)
+    parser.add_argument("--seconds", type=float, default=600, help="at most, of each")
+    parser.add_argument("--seconds-alone", type=float, default=10, help="of the engine, each time")
     parser.add_argument("--short", type=int, default=10)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--seed", type=int, default=0)
@@ -103,13 +109,37 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def time_engine(options: argparse.Namespace) -> tuple[float, float]:
-    """Rows a second, and a CPU second, of the engine at that batch size in its own process."""
+@dataclass
+class Alone:
+    """The engine in a process of its own, which waits to be asked."""
+
+    process: subprocess.Popen[str]
+
+    def time(self) -> tuple[float, float]:
+        """Rows a second, and a CPU second, at the benchmark's batch size."""
+        asked, answers = self.process.stdin, self.process.stdout
+        if asked is None or answers is None:
+            raise RuntimeError("the engine's process must have pipes")
+        asked.write("\n")
+        asked.flush()
+        answer = answers.readline()
+        if not answer:
+            raise RuntimeError("the engine alone failed; its error is above")
+        by_time, by_cpu = answer.split()
+        return float(by_time), float(by_cpu)
+
+
+@contextmanager
+def engine_process(options: argparse.Namespace) -> Iterator[Alone]:
+    """Started, perhaps not ready yet."""
     command = [sys.executable, __file__, str(options.folder), "--engine-alone"]
-    command += _engine_flags(options)
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    by_time, by_cpu = done.stdout.splitlines()[-1].split()
-    return float(by_time), float(by_cpu)
+    command += [*_engine_flags(options), "--seconds-alone", str(options.seconds_alone)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield Alone(process)
+        finally:
+            process.terminate()
 
 
 def _engine_flags(options: argparse.Namespace) -> list[str]:
@@ -119,7 +149,7 @@ def _engine_flags(options: argparse.Namespace) -> list[str]:
 
 
 def engine_alone(options: argparse.Namespace) -> None:
-    """Print rows a second and a CPU second of bare engine calls: the median, the mean."""
+    """For each line of stdin: rows a second (the median) and a CPU second of bare engine calls."""
     import torch
 
     from qdit.calibrate.sampling import initial_noise
@@ -131,41 +161,57 @@ def engine_alone(options: argparse.Namespace) -> None:
     rows = options.max_batch
     x = initial_noise(range(rows), served.sampled.sample_shape, seed=0)
     timesteps, labels = torch.arange(rows) * 97 % 1000, torch.arange(rows) % 10
-    served.engine.denoise(x, timesteps, labels)
-    times: list[float] = []
-    cpu = time.process_time()
-    while sum(times) < _SECONDS_ALONE:
-        started = time.perf_counter()
+    for _ in sys.stdin:
         served.engine.denoise(x, timesteps, labels)
-        times.append(time.perf_counter() - started)
-    cpu = time.process_time() - cpu
-    print(rows / statistics.median(times), rows * len(times) / cpu)
+        times: list[float] = []
+        cpu = time.process_time()
+        while sum(times) < options.seconds_alone:
+            started = time.perf_counter()
+            served.engine.denoise(x, timesteps, labels)
+            times.append(time.perf_counter() - started)
+        cpu = time.process_time() - cpu
+        print(rows / statistics.median(times), rows * len(times) / cpu, flush=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that was started, perhaps not ready yet."""
+
+    policy: str
+    process: subprocess.Popen[bytes]
+    log: IO[str]
+
+    def url(self) -> str:
+        """The address that it says it serves at, once it does."""
+        until = time.monotonic() + _START_SECONDS
+        while self.process.poll() is None and time.monotonic() < until:
+            if found := re.search(r"serving .* at (http://\S+)", self.logged()):
+                return found[1]
+            time.sleep(0.2)
+        raise RuntimeError(f"the server did not start:\n{self.logged()}")
+
+    def logged(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
 
 
 @contextmanager
-def serving(options: argparse.Namespace, policy: str) -> Iterator[tuple[str, psutil.Process]]:
-    """A fresh server: its URL and process."""
+def serving(options: argparse.Namespace, policy: str) -> Iterator[Server]:
+    """A fresh server."""
     command = [sys.executable, "-c", "from qdit.cli import serve_command; serve_command()"]
     command += [str(options.folder), "--port", "0", "--batching", policy]
     command += [*_engine_flags(options), "--max-queue", str(4 * options.users)]
     command += ["--request-timeout", "3600", "--drain-seconds", "0"]
     with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stderr=log) as process:
         try:
-            yield _url(process, log), psutil.Process(process.pid)
+            yield Server(policy, process, log)
         finally:
             process.terminate()
-
-
-def _url(process: subprocess.Popen[bytes], log: IO[str]) -> str:
-    """The address that the server says it serves at."""
-    until = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < until:
-        time.sleep(0.2)
-        log.seek(0)
-        if found := re.search(r"serving .* at (http://\S+)", log.read()):
-            return found[1]
-    log.seek(0)
-    raise RuntimeError(f"the server did not start:\n{log.read()}")
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                say(f"the {policy} server did not stop in {_STOP_SECONDS} s and is killed")
+                process.kill()
 
 
 def user_class(seed: int, window: Window) -> type[FastHttpUser]:
@@ -196,40 +242,65 @@ def user_class(seed: int, window: Window) -> type[FastHttpUser]:
     return Asker
 
 
-def run_policy(options: argparse.Namespace, policy: str, seed: int) -> Window:
+def run_policy(options: argparse.Namespace, server: Server, seed: int) -> Window:
     """Warm up, then watch for a while; users that are waiting at the end are stopped."""
-    window = Window(policy)
-    with serving(options, policy) as (url, process):
-        asker = user_class(seed, window)
-        environment = Environment(user_classes=[asker], events=events, host=url, stop_timeout=0)
-        runner = environment.create_local_runner()
-        runner.start(options.users, spawn_rate=options.users)
-        before, started = _counters_at(url, options.warmup), time.monotonic()
-        cpu = process.cpu_times()
+    window, url = Window(server.policy), server.url()
+    process = psutil.Process(server.process.pid)
+    environment = Environment(
+        user_classes=[user_class(seed, window)], events=events, host=url, stop_timeout=0
+    )
+    runner = environment.create_local_runner()
+    runner.start(options.users, spawn_rate=options.users)
+    try:
+        warm = _counters(url)["rows"] + options.warmup
+        before = _counters_at(server, url, warm, options.seconds, window)
+        started, cpu = time.monotonic(), process.cpu_times()
+        say(f"{server.policy}: warm, {before['rows']:.0f} rows served")
         window.statuses.clear()
         window.latencies.clear()
-        after = _counters_at(url, before["rows"] + options.rows)
+        after = _counters_at(server, url, before["rows"] + options.rows, options.seconds, window)
         seconds, ended = time.monotonic() - started, process.cpu_times()
-        moved = {name: after[name] - before[name] for name in after}
         found = replace(
             window,
             seconds=seconds,
             cpu=ended.user + ended.system - cpu.user - cpu.system,
             statuses=dict(window.statuses),
             latencies=list(window.latencies),
-            **moved,
+            **{name: after[name] - before[name] for name in ("rows", "calls", "busy")},
         )
+    finally:
         runner.quit()
+    _wait_until_idle(url)
     return found
 
 
-def _counters_at(url: str, rows: float) -> dict[str, float]:
-    """The counters once the server has served so many rows."""
+def _counters_at(
+    server: Server, url: str, rows: float, seconds: float, window: Window
+) -> dict[str, float]:
+    """The counters once the server has served so many rows, or after so many seconds."""
     import gevent
 
-    while (found := _counters(url))["rows"] < rows:
-        gevent.sleep(0.5)
+    until = time.monotonic() + seconds
+    found, moved = _counters(url), time.monotonic()
+    while found["rows"] < rows and time.monotonic() < until:
+        gevent.sleep(0.25)
+        now = _counters(url)
+        if now["rows"] > found["rows"]:
+            moved = time.monotonic()
+        elif time.monotonic() - moved > _PATIENCE:
+            raise RuntimeError(
+                f"the {server.policy} server served no row in {_PATIENCE} s; answers so far "
+                f"{window.statuses}; its log ends\n{server.logged()[-2000:]}"
+            )
+        found = now
     return found
+
+
+def _wait_until_idle(url: str) -> None:
+    """Until what the users left behind is dropped: the next server is not to be watched beside."""
+    until = time.monotonic() + _STOP_SECONDS
+    while _counters(url)["waiting"] and time.monotonic() < until:
+        time.sleep(0.1)
 
 
 def _counters(url: str) -> dict[str, float]:
@@ -241,9 +312,10 @@ def _counters(url: str) -> dict[str, float]:
         "rows": r'^qdit_engine_rows_total\{kind="served",.*\} (\S+)$',
         "calls": r"^qdit_engine_call_seconds_count\{.*\} (\S+)$",
         "busy": r"^qdit_engine_call_seconds_sum\{.*\} (\S+)$",
+        "waiting": r"^qdit_queue_images\{.*\} (\S+)$",
     }
     found = {name: re.search(pattern, text, re.M) for name, pattern in names.items()}
-    return {name: float(match[1]) for name, match in found.items() if match}
+    return {name: float(match[1]) if match else 0.0 for name, match in found.items()}
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -301,20 +373,34 @@ def main() -> None:
         return
     policies = options.policies.split(",")
     windows: dict[str, list[Window]] = {policy: [] for policy in policies}
-    for number in range(options.rounds):
-        before = time_engine(options)
-        for policy in policies:
-            found = run_policy(options, policy, options.seed + number)
-            after = time_engine(options)
-            alone, by_cpu = (sum(pair) / 2 for pair in zip(before, after, strict=True))
-            windows[policy].append(replace(found, alone=alone, alone_by_cpu=by_cpu))
-            before = after
-            told = f"{found.rows / found.seconds:.1f} rows/s, {found.statuses}, then alone"
-            print(f"round {number + 1}: {policy} {told} {alone:.1f}", file=sys.stderr, flush=True)
-            _write(options, windows)
+    with ExitStack() as stack:
+        alone = stack.enter_context(engine_process(options))
+        servers = [stack.enter_context(serving(options, policy)) for policy in policies]
+        for server in servers:
+            say(f"{server.policy} serves at {server.url()}")
+        for number in range(options.rounds):
+            before = alone.time()
+            say(f"round {number + 1}: the engine alone, {before[0]:.1f} rows/s")
+            for server in servers:
+                found = run_policy(options, server, options.seed + number)
+                told = f"{found.rows / found.seconds:.1f} rows/s in {found.seconds:.1f} s"
+                say(f"round {number + 1}: {server.policy} {told}, {found.statuses}")
+                after = alone.time()
+                mean, by_cpu = (sum(pair) / 2 for pair in zip(before, after, strict=True))
+                found = replace(found, alone=mean, alone_by_cpu=by_cpu)
+                windows[server.policy].append(found)
+                before = after
+                say(f"round {number + 1}: the engine alone, {after[0]:.1f} rows/s")
+                _write(options, windows)
     rows = [summary(policy, windows[policy], options.short) for policy in policies]
     print(f"{options.users} users, at most {options.max_batch} rows a call\n")
     print(table(rows, options.short))
+
+
+def say(message: str) -> None:
+    """To stderr with the seconds since the start: an unfinished run shows where the time went."""
+    seconds = time.monotonic() - _STARTED
+    print(f"[{seconds:5.1f} s] {message}", file=sys.stderr, flush=True)
 
 
 def _write(options: argparse.Namespace, windows: dict[str, list[Window]]) -> None:
