@@ -5,6 +5,7 @@ Single-threaded and deterministic: clock, engine and listeners come from outside
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -225,7 +226,7 @@ class StepMixer:
             sample.previews += 1
         if trajectory.steps_left:
             return
-        if not torch.isfinite(trajectory.x).all():
+        if not _is_finite(trajectory.x):
             self._end(job, EngineFailedError("the engine gave values that are not finite"))
             return
         job.samples.remove(sample)
@@ -255,3 +256,8 @@ class StepMixer:
     def _end(self, job: Job, error: ServeError) -> None:
         del self._jobs[job.order]
         job.listener(Failed(error))
+
+
+def _is_finite(x: Tensor) -> bool:
+    """One sum tells it, unless finite values overflow it: one operation in place of six."""
+    return math.isfinite(x.sum()) or bool(torch.isfinite(x).all())

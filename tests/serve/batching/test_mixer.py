@@ -377,9 +377,10 @@ class TestFaults:
         assert [told.error for _, told in jobs[2:]] == [None, None]
         assert [told.endings for _, told in jobs] == [1] * 4
 
-    def test_values_that_are_not_finite_are_no_image(self, clock: FakeClock) -> None:
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_values_that_are_not_finite_are_no_image(self, clock: FakeClock, value: float) -> None:
         def broken(x: Tensor, _timesteps: Tensor, labels: Tensor) -> Tensor:
-            return torch.where(labels[:, None, None, None] == 3, torch.nan, x)
+            return torch.where(labels[:, None, None, None] == 3, value, x)
 
         mixer = StepMixer(broken, max_rows=8, clock=clock)
         jobs = [make_job(2, label=label) for label in (2, 3)]
@@ -389,6 +390,15 @@ class TestFaults:
         assert jobs[0][1].error is None
         assert "not finite" in str(jobs[1][1].error)
         assert jobs[1][1].endings == 1
+
+    def test_finite_values_whose_sum_is_not_are_an_image(self, clock: FakeClock) -> None:
+        mixer = StepMixer(lambda x, _t, _l: torch.full_like(x, 2e37), max_rows=2, clock=clock)
+        job, told = make_job(2)
+        mixer.submit(job)
+        run_all(mixer)
+        assert told.error is None
+        assert torch.isfinite(told.images[0]).all()
+        assert torch.isinf(told.images[0].sum())
 
     def test_a_wrong_shape_is_a_failed_call(self, clock: FakeClock) -> None:
         mixer = StepMixer(lambda x, _t, _l: x[:1], max_rows=8, clock=clock)
