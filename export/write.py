@@ -56,6 +56,7 @@ def write_model(
         spool = SpoolInitializersPass(data, progress)
         spool(model)
         proto = ir.to_proto(model)
+        _keep_one_type_each(proto.graph)
         limit = INLINE_LIMIT if inline_limit is None else inline_limit
         external = spool.byte_size + proto.ByteSize() > limit
         made = folder / path.name
@@ -75,12 +76,24 @@ def write_model(
 def _check_domains(model: ir.Model, domains: tuple[str, ...]) -> None:
     others = [domain for domain in domains if domain not in STANDARD_DOMAINS]
     held = ", ".join(["standard operators", *(f"those of {domain}" for domain in others)])
-    for node in model.graph:
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.domain not in domains and node.op_identifier() not in model.functions:
             raise StepError(
                 f"an exported file holds {held} and functions of its own only, got "
                 f"{node.domain}::{node.op_type} in {node.name}; a lowering pass did not run"
             )
+
+
+def _keep_one_type_each(graph: onnx.GraphProto) -> None:
+    """No value_info for initializers, which say their type and shape themselves.
+
+    `quantize_dynamic` of ONNX Runtime transposes a Gemm's weight and leaves the value_info as it
+    was; onnx 1.23.1 then refuses the two shapes.
+    """
+    stored = {tensor.name for tensor in graph.initializer}
+    kept = [value for value in graph.value_info if value.name not in stored]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _check(path: Path) -> None:

@@ -68,6 +68,13 @@ def test_runs_and_reads_back(limit: int, tmp_path: Path) -> None:
     assert exported.byte_size == sum(file.stat().st_size for file in tmp_path.iterdir())
 
 
+def test_initializers_have_their_shape_once(tmp_path: Path) -> None:
+    """quantize_dynamic transposes some, and onnx then compares with what value_info says."""
+    graph = onnx.load(_write(_model(), tmp_path / "model.onnx").path).graph
+    assert {tensor.name for tensor in graph.initializer} == {"w", "b"}
+    assert not {value.name for value in graph.value_info} & {"w", "b"}
+
+
 def test_one_file_equals_what_protobuf_would_write(tmp_path: Path) -> None:
     """The streamed bytes parse into the very message, field by field."""
     streamed = onnx.load(_write(_model(), tmp_path / "a.onnx").path)
