@@ -24,6 +24,12 @@ from .settings import BuildSettings
 _EXTERNAL_TACTICS = ("CUBLAS", "CUBLAS_LT", "CUDNN")
 
 
+# 8.6 gives an optimization profile to one execution context alone unless this is asked for, and
+# an engine has a context a batch size. From 10 on profiles are always shared, and asking for it is
+# warned about; 11 has no such feature.
+_SHARED_PROFILES = "PROFILE_SHARING_0806"
+
+
 @dataclass(frozen=True)
 class Built:
     """A serialized engine, and the timing cache as the build left it (empty: there is none)."""
@@ -60,6 +66,16 @@ def build_engine(
     if serialized is None:
         raise StepError(f"TensorRT {trt.__version__} could not build {onnx_path}: {log.text()}")
     return Built(bytes(serialized), _cache_of(config))
+
+
+def preview_features(trt: Any, features: Features) -> list[str]:
+    """The preview features that a build switches on, by TensorRT's names: part of an engine's key.
+
+    Empty where the version needs none, or where its bindings (`trt`) have none of that name.
+    """
+    known = getattr(getattr(trt, "PreviewFeature", None), "__members__", {})
+    needed = features.version < TensorRtVersion(10) and _SHARED_PROFILES in known
+    return [_SHARED_PROFILES] if needed else []
 
 
 def _parse(
@@ -132,6 +148,8 @@ def _configure(
     if monitor is not None:
         options["progress_monitor"] = monitor
     config = polygraphy.CreateConfig(**options)(builder, network)
+    for name in preview_features(trt, features):  # Polygraphy would switch the others off
+        config.set_preview_feature(trt.PreviewFeature.__members__[name], True)
     if timing_cache is not None:  # Polygraphy's lock, which it leaves behind
         timing_cache.with_name(f"{timing_cache.name}.lock").unlink(missing_ok=True)
     return config

@@ -12,6 +12,13 @@ from .settings import BuildSettings
 
 _ALWAYS_STRONGLY_TYPED = 11  # and without tactic sources of other libraries
 
+# 8.6's own two, which Polygraphy switches off where they are not named, and build.py's
+_PREVIEW_FEATURES = (
+    "faster_dynamic_shapes_0805",
+    "disable_external_tactic_sources_for_core_0805",
+    "profile_sharing_0806",
+)
+
 
 @dataclass(frozen=True)
 class InputShape:
@@ -46,6 +53,7 @@ def trtexec_command(
     if not features.strongly_typed:
         flags += ["--fp16", *(["--int8"] if quantized else [])]
         flags.append("--precisionConstraints=prefer")
+        flags.append("--preview=+profileSharing0806")  # see build.py
     elif features.version.major < _ALWAYS_STRONGLY_TYPED:
         flags.append("--stronglyTyped")
     if features.version.major < _ALWAYS_STRONGLY_TYPED:
@@ -101,6 +109,7 @@ def polygraphy_command(
         parts.append("--strongly-typed")
     else:
         parts += ["--fp16", *(["--int8"] if quantized else []), "--precision-constraints", "prefer"]
+        parts += ["--preview-features", *_PREVIEW_FEATURES]
     if features.version.major < _ALWAYS_STRONGLY_TYPED:
         parts += ["--tactic-sources", "edge_mask_convolutions", "jit_convolutions"]
     parts += ["--profiling-verbosity", "detailed"]

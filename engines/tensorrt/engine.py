@@ -284,7 +284,8 @@ class TensorRtEngine(LoadedEngine):
         context = self._engine.create_execution_context()
         if context is None:
             raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
-        # 8.6 gives the profile to an engine's first context alone, and the others fail as they run
+        # 8.6 gives the profile to the first context by itself, and the others fail as they run;
+        # that they may ask for it too is settled in the build (`build.py`, preview features)
         if not context.set_optimization_profile_async(0, self._stream):
             raise StepError(f"TensorRT cannot run {self.path}: {self._log.text()}")
         self._synchronize()

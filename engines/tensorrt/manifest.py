@@ -7,7 +7,7 @@ anew.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ MANIFEST_VERSION = 1
 class EngineManifest:
     """The key of an engine (everything that it follows from), and its own hash and size.
 
-    sources: SHA-256 of the ONNX file and its external data; plugins: of the kernels' code.
+    sources: SHA-256 of the ONNX file and its external data; plugins: of the kernels' code;
+    preview_features: what the builder was asked for by these names (`build.py`). A manifest that
+    has no such entry is of an engine that was built without any.
     """
 
     tensorrt: str
@@ -34,6 +36,7 @@ class EngineManifest:
     engine_bytes: int = 0
     build_seconds: float = 0.0
     version: int = MANIFEST_VERSION
+    preview_features: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class EngineManifest:
         tensorrt: str,
         gpu: GpuIdentity,
         plugins: str,
+        preview_features: list[str],
     ) -> EngineManifest:
         """The manifest of an engine that is yet to be built."""
         data = onnx_path.with_name(f"{onnx_path.name}.data")
@@ -53,6 +57,7 @@ class EngineManifest:
             sources={file.name: sha256_of_file(file) for file in files},
             settings=json.loads(json.dumps(settings.to_json())),
             plugins=plugins,
+            preview_features=preview_features,
         )
 
     def difference(self, wanted: EngineManifest) -> str:
@@ -74,7 +79,7 @@ class EngineManifest:
         return "; ".join(changed)
 
     def _key(self) -> dict[str, Any]:
-        names = ("version", "tensorrt", "gpu", "sources", "settings", "plugins")
+        names = ("version", "tensorrt", "gpu", "sources", "settings", "plugins", "preview_features")
         value = asdict(self)
         return {name: value[name] for name in names}
 

@@ -17,7 +17,7 @@ from ...errors import ArtifactError
 from ...export.tensorrt.versions import Features
 from ...files import atomic_path, sha256_of_file
 from ...progress import Progress
-from .build import Built, build_engine
+from .build import Built, build_engine, preview_features
 from .engine import TensorRtEngine
 from .ledger import Ledger, make_ledger
 from .library import gpu_identity, tensorrt_module
@@ -69,8 +69,15 @@ def stored_engine(
     """
     settings.check(features)
     engine = engine_path(onnx_path)
-    version = str(tensorrt_module().__version__)
-    wanted = EngineManifest.of(onnx_path, settings, version, gpu_identity(), plugins())
+    trt = tensorrt_module()
+    wanted = EngineManifest.of(
+        onnx_path,
+        settings,
+        str(trt.__version__),
+        gpu_identity(),
+        plugins(),
+        preview_features(trt, features),
+    )
     found = EngineManifest.read(manifest_path(engine))
     why = _why_build(engine, found, wanted)
     if found is not None and not why:

@@ -44,7 +44,8 @@ class Fake:
 
 @contextmanager
 def faked(version: str) -> Iterator[Fake]:
-    device, faults = Device(), type("Fresh", (Faults,), {"precisions": {}, "hidden": set()})
+    fresh = {"precisions": {}, "hidden": set(), "regions": []}
+    device, faults = Device(), type("Fresh", (Faults,), fresh)
     module = make_fake(version, device, faults)
     identity = GpuIdentity("NVIDIA H200", "9.0", "580.1")
     with pytest.MonkeyPatch.context() as patch, installed(module):

@@ -123,6 +123,7 @@ class Faults:
     killed_while_building = False
     precisions: ClassVar[dict[str, str]] = {}  # linear → the format that its layer reads
     hidden: ClassVar[set[str]] = set()  # linears that no layer names
+    regions: ClassVar[list[str]] = []  # fused layers that show nothing of what is in them
     config: Any = None
     network_flags = 0
     started_from = b""  # the timing cache that a build was given
@@ -210,6 +211,11 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             self.profiling_verbosity: Any = None
             self.builder_optimization_level: int | None = None
             self.hardware_compatibility_level: Any = None
+            # 8.6 has two of its three on by itself
+            self.preview = {n for n in enums["PreviewFeature"].__members__ if n.endswith("_0805")}
+
+        def set_preview_feature(self, feature: Any, enable: bool) -> None:
+            (self.preview.add if enable else self.preview.discard)(feature.name)
 
         def set_flag(self, flag: Any) -> None:
             self.flags_set.add(flag.name)
@@ -282,7 +288,8 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             config.cache = ITimingCache(b"timed")
             shapes = {name: list(map(list, s)) for name, s in config.profiles[0].shapes.items()}
             host_code = "VERSION_COMPATIBLE" in config.flags_set
-            head = json.dumps({"shapes": shapes, "host_code": host_code}).encode()
+            shared = not old or "PROFILE_SHARING_0806" in config.preview
+            head = json.dumps({"shapes": shapes, "host_code": host_code, "shared": shared}).encode()
             body: bytes = network.model.SerializeToString()
             return len(head).to_bytes(4, "little") + head + body
 
@@ -321,6 +328,12 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             engine.contexts.append(self)
 
         def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
+            others = (context for context in self.engine.contexts if context is not self)
+            if not self.engine.shares_profiles and any(other.has_profile for other in others):
+                # seen on an H100 with 8.6, and then the process ended by a segmentation fault
+                taken = f"Profile {profile_index} has been chosen by another IExecutionContext"
+                self.engine.logger.log(severity.ERROR, taken)
+                return False
             self.has_profile = profile_index == 0
             self.shapes.clear()
             return self.has_profile
@@ -354,10 +367,12 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             return True
 
     class ICudaEngine:
-        def __init__(self, data: bytes) -> None:
+        def __init__(self, data: bytes, logger: Any) -> None:
             size = int.from_bytes(data[:4], "little")
+            self.logger = logger
             self.contexts: list[Any] = []
-            self.profile = json.loads(data[4 : 4 + size])["shapes"]
+            head = json.loads(data[4 : 4 + size])
+            self.profile, self.shares_profiles = head["shapes"], head["shared"]
             self.model = onnx.load_from_string(data[4 + size :])
             values = (*self.model.graph.input, *self.model.graph.output)
             self.tensors = {value.name: ITensor(value) for value in values}
@@ -418,7 +433,7 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
                 self.logger.log(severity.ERROR, "host code is not allowed")
                 return None
             try:
-                return ICudaEngine(serialized_engine)
+                return ICudaEngine(serialized_engine, self.logger)
             except Exception as error:  # a damaged plan: TensorRT logs, and returns nothing
                 self.logger.log(severity.ERROR, f"plan is damaged: {type(error).__name__}")
                 return None
@@ -463,6 +478,9 @@ def _layers(model: onnx.ModelProto, faults: type[Faults]) -> Iterator[dict[str, 
         "FP16": "Row major linear FP16 format",
         "FP32": "Row major linear FP32",
     }
+    for region in faults.regions:
+        inputs = [{"Name": "x", "Format/Datatype": formats["FP32"]}]
+        yield {"Name": region, "LayerType": "Myelin", "Inputs": inputs}
     (entry,) = [e.value for e in model.metadata_props if e.key == "qdit.linears"] or ["{}"]
     for name, record in json.loads(entry).items():
         if name in faults.hidden:

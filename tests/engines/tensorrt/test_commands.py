@@ -49,6 +49,7 @@ def what_matters(config: Any) -> dict[str, Any]:
         "level": config.builder_optimization_level,
         "compatible": config.hardware_compatibility_level,
         "verbosity": config.profiling_verbosity,
+        "preview": config.preview,
     }
 
 
@@ -112,6 +113,7 @@ def test_trtexec_is_told_the_same(fake: Fake, int8_file: Path, everything: bool)
     assert given["--profilingVerbosity"] == "detailed"
     old = not fake.features.strongly_typed
     assert ("--fp16" in given, "--int8" in given) == (old, old)
+    assert given.get("--preview") == ("+profileSharing0806" if old else None)
     assert ("--stronglyTyped" in given) == fake.version.startswith("10")
     assert ("--tacticSources" in given) == (not fake.version.startswith("11"))
     if everything:

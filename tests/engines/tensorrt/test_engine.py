@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,12 @@ from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.engines.tensorrt.engine import TensorRtEngine
 from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
 from qdit.engines.tensorrt.store import stored_engine
-from qdit.errors import ArtifactError, InputError
+from qdit.errors import ArtifactError, InputError, StepError
 from qdit.progress import Silent
 
 from ...export.conftest import example_arrays
 from ...export.tensorrt.conftest import Traced
-from .conftest import Fake
+from .conftest import Fake, faked
 
 SETTINGS = BuildSettings(BatchProfile(1, 2, 4))
 
@@ -77,6 +78,19 @@ def test_without_graphs(fake: Fake, int8_file: Path, traced: Traced) -> None:
         engine.infer(example_arrays(traced.model, 2))
         engine.infer(example_arrays(traced.model, 2))
     assert (fake.device.graphs, fake.device.launches) == (0, 2)
+
+
+def test_8_6_refuses_a_second_context_where_profiles_are_not_shared(
+    int8_files: dict[bool, Path], tmp_path: Path, traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an engine was before the builder was asked for it: an error, and no wrong numbers."""
+    path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
+    with faked("8.6.0") as old:
+        monkeypatch.delattr(old.module, "PreviewFeature")
+        made = stored_engine(path, SETTINGS, old.features, Silent())
+        assert made.manifest.preview_features == []
+        with made.open() as engine, pytest.raises(StepError, match="chosen by another IExecution"):
+            engine.infer(example_arrays(traced.model, 2))
 
 
 def test_close_frees_the_device(fake: Fake, engine: TensorRtEngine, traced: Traced) -> None:

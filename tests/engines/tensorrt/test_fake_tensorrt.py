@@ -10,7 +10,7 @@ from .fake_tensorrt import VERSIONS, Device, Faults, make_fake, recorded
 
 # What fakes need beyond TensorRT's own members; the code under test uses none of it.
 OWN = {
-    "IBuilderConfig": {"flags_set", "pools", "profiles", "sources", "cache"},
+    "IBuilderConfig": {"flags_set", "pools", "profiles", "sources", "cache", "preview"},
     "IExecutionContext": {"shapes", "addresses"},
     "ICudaEngine": {"profile", "model", "tensors", "run"},
     "INetworkDefinition": {"model"},
@@ -90,5 +90,7 @@ def test_what_came_and_went_between_the_versions() -> None:
     assert "EXPLICIT_BATCH" not in new["enums"]["NetworkDefinitionCreationFlag"]
     assert "STRONGLY_TYPED" not in old["enums"]["NetworkDefinitionCreationFlag"]
     assert "WEIGHT_STREAMING" not in old["enums"]["BuilderFlag"]
+    assert "PROFILE_SHARING_0806" in old["enums"]["PreviewFeature"]
+    assert "PROFILE_SHARING_0806" not in new["enums"]["PreviewFeature"]
     assert "CUBLAS" not in new["enums"]["TacticSource"]
     assert "INT4" not in old["enums"]["DataType"]

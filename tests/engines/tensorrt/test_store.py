@@ -91,6 +91,8 @@ def test_the_builder_is_told_what_the_version_knows(fake: Fake, int8_file: Path)
         kept = {name for name in sources.__members__ if config.sources >> int(sources[name]) & 1}
         assert kept == {"EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"}
     assert hasattr(config, "progress_monitor") == (not fake.version.startswith("8"))
+    # 10 warns where it is asked for what it does anyway, and 11 has no such feature
+    assert ("PROFILE_SHARING_0806" in config.preview) == fake.version.startswith("8")
 
 
 def test_progress_is_said_where_there_is_a_monitor(fake: Fake, int8_file: Path) -> None:
@@ -161,6 +163,29 @@ class TestReuse:
         assert not second.reused
         assert said in second.why
         assert any(said in line for line in lines.said)
+
+    def test_an_8_6_engine_from_before_profiles_were_shared_is_built_again(
+        self, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
+        with faked("8.6.0") as old:
+            made = build(old, path)
+            manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
+            assert manifest.pop("preview_features") == ["PROFILE_SHARING_0806"]
+            manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+            again = build(old, path)
+            assert "preview_features [] → ['PROFILE_SHARING_0806']" in again.why  # type: ignore[attr-defined]
+            assert build(old, path).reused  # type: ignore[attr-defined]
+
+    def test_engines_of_later_versions_from_before_are_kept(
+        self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        path = copied(int8_files, tmp_path)
+        made = build(newest, path)
+        manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
+        assert manifest.pop("preview_features") == []
+        manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+        assert build(newest, path).reused  # type: ignore[attr-defined]
 
     def test_the_timing_cache_is_kept_over_builds(
         self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
