@@ -257,14 +257,15 @@ def print_tables(found: Inspection, console: Console) -> None:
 
 
 def _ledger_table(row: EngineRow) -> Table:
-    """Every linear of an engine; what fell back in red."""
+    """Every linear of an engine; what fell back in red, what nothing proves in yellow."""
     table = Table(title=f"Precision of {row.engine}: {row.ledger.summary}")
     table.add_column("linear", no_wrap=True)
     table.add_column("asked for")
     table.add_column("runs in")
     table.add_column("layer", overflow="fold")
     for entry in row.ledger.rows:
-        executed = f"[red]{entry.executed}[/]" if entry.fell_back else entry.executed
+        color = "red" if entry.fell_back else "yellow" if entry.is_open else "default"
+        executed = f"[{color}]{entry.executed}[/]"
         table.add_row(entry.linear, entry.requested, executed, escape(entry.layer))
     return table
 

@@ -36,6 +36,7 @@ class EngineEntry(Entry):
     batch: tuple[int, int, int]
     ledger_summary: str
     fallbacks: int = Field(ge=0)
+    unproved: int = Field(default=0, ge=0)  # reports of before have none
     ledger: tuple[LedgerEntry, ...]
 
 

@@ -52,4 +52,9 @@ def _notes(entry: TargetEntry) -> str:
         notes.append(
             f"{entry.engine.fallbacks} quantized linears run in floating point (--allow-fallback)"
         )
+    if entry.engine is not None and entry.engine.unproved:
+        notes.append(
+            f"what {entry.engine.unproved} quantized linears run in is not proved: TensorRT's "
+            "inspector shows no layer of theirs"
+        )
     return "; ".join(notes)

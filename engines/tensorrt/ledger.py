@@ -2,6 +2,10 @@
 
 Source of what is executed: TensorRT's engine inspector, whose JSON has one entry a layer with its
 name, the formats of its inputs and outputs, its tactic, and the ONNX nodes that were fused into it.
+Where TensorRT's graph compiler (Myelin) took a region of the network, 8.6 shows one entry for all
+of it, '{ForeignNode[first node...last node]}', whose formats are those of the region's ends and say
+nothing of the products inside; published answers of 10 have Myelin's kernels one by one, with the
+ONNX nodes in their metadata.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ _FORMATS = (
     ("FP16", ("fp16", "half", "bf16")),
     ("FP32", ("fp32", "float")),
 )
+_PASSIVE = ("Reformat", "Shuffle", "Constant", "NoOp", "Slice", "Cast", "Scale")
+_REGION = "{ForeignNode["
+HIDDEN = "hidden"
 NOT_FOUND = "not found"
 
 
@@ -33,8 +40,9 @@ NOT_FOUND = "not found"
 class LedgerRow:
     """One linear: the precision that its file asks for, what ran, and in which layer of the engine.
 
-    `executed` is 'not found' where the inspector names no layer for it: fused into one that hides
-    its parts.
+    `executed` is 'hidden' where the inspector shows no layer of it, but regions that hide what is
+    in them: `layer` is then the region that must hold it, '' where it may be one of several. It is
+    'not found' where there is no such region either. Both are no proof of anything.
     """
 
     linear: str
@@ -49,7 +57,8 @@ class LedgerRow:
 
     @property
     def is_open(self) -> bool:
-        return self.requested in _QUANTIZED and self.executed == NOT_FOUND
+        """Whether nothing shows what a quantized linear runs in: no INT8, and no fallback."""
+        return self.requested in _QUANTIZED and self.executed in (HIDDEN, NOT_FOUND)
 
 
 @dataclass(frozen=True)
@@ -63,21 +72,34 @@ class Ledger:
         return [row for row in self.rows if row.fell_back]
 
     @property
+    def unproved(self) -> list[LedgerRow]:
+        return [row for row in self.rows if row.is_open]
+
+    @property
     def summary(self) -> str:
-        """'42 INT8, 8 FP16; 0 of 42 quantized linears fell back'."""
+        """'42 INT8, 8 FP16; 0 of 42 quantized linears fell back'.
+
+        With unproved ones: '56 hidden; 48 of 48 quantized linears unproved, 0 of the other 0 fell
+        back'.
+        """
         counts: dict[str, int] = {}
         for row in self.rows:
             counts[row.executed] = counts.get(row.executed, 0) + 1
-        quantized = [row for row in self.rows if row.requested in _QUANTIZED]
+        total = sum(row.requested in _QUANTIZED for row in self.rows)
         text = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-        unknown = sum(row.is_open for row in quantized)
-        more = f", {unknown} not found in the engine" if unknown else ""
+        fell, unknown = len(self.fallbacks), len(self.unproved)
+        if not unknown:
+            return f"{text}; {fell} of {total} quantized linears fell back"
         return (
-            f"{text}; {len(self.fallbacks)} of {len(quantized)} quantized linears fell back{more}"
+            f"{text}; {unknown} of {total} quantized linears unproved, "
+            f"{fell} of the other {total - unknown} fell back"
         )
 
     def check(self, allow_fallback: bool) -> None:
-        """Raise `StepError` when a quantized linear runs in FP16 or FP32, unless allowed."""
+        """Raise `StepError` when a quantized linear runs in FP16 or FP32, unless allowed.
+
+        An unproved one is no fallback: it is counted, and nothing is allowed or refused for it.
+        """
         if self.fallbacks and not allow_fallback:
             first = self.fallbacks[0]
             raise StepError(
@@ -106,15 +128,23 @@ def make_ledger(
 
     A linear's product is the node called '<linear>/product' (or '<linear>.output' without a bias),
     or the plugin node called by its own name. Of several layers that name it, the one that holds
-    the product is the first whose type is no reformat, shuffle or constant.
+    the product is the first whose type is no reformat, shuffle or constant, and which is no region.
     """
+    regions = [layer for layer in engine_layers if _is_region(layer)]
+    shown = [
+        layer
+        for layer in engine_layers
+        if layer.get("LayerType") not in _PASSIVE and not _is_region(layer)
+    ]
     rows = []
     for name, record in linears.items():
         requested = str(record.get(REQUESTED, "FP16"))
-        layer = _layer_of(name, engine_layers)
-        executed = NOT_FOUND if layer is None else _precision_of(layer, requested)
-        found = "" if layer is None else str(layer.get("Name", ""))
-        rows.append(LedgerRow(name, requested, executed, found))
+        layer = next(iter(_naming(name, shown)), None)
+        if layer is not None:
+            executed, place = _precision_of(layer, requested), str(layer.get("Name", ""))
+        else:
+            executed, place = (HIDDEN if regions else NOT_FOUND), _region_of(name, regions)
+        rows.append(LedgerRow(name, requested, executed, place))
     return Ledger(tuple(rows))
 
 
@@ -132,12 +162,24 @@ def layers_of(inspector_json: str) -> list[dict[str, Any]]:
     return list(found)
 
 
-def _layer_of(linear: str, engine_layers: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+def _is_region(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer stands for a part of the network that the inspector shows nothing of."""
+    return layer.get("LayerType") == "Myelin" or str(layer.get("Name", "")).startswith(_REGION)
+
+
+def _region_of(linear: str, regions: Sequence[Mapping[str, Any]]) -> str:
+    """The region that must hold a linear which no layer shows; '' where that cannot be known.
+
+    It is the one that names the linear, or the only one that there is. The other regions' names
+    tell their first and last nodes alone, and what lies between these is not theirs for certain.
+    """
+    named = _naming(linear, regions) or regions
+    return str(named[0].get("Name", "")) if len(named) == 1 else ""
+
+
+def _naming(linear: str, layers: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     pattern = _mentions(linear)
-    passive = ("Reformat", "Shuffle", "Constant", "NoOp", "Slice", "Cast", "Scale")
-    candidates = [layer for layer in engine_layers if pattern.search(_words(layer))]
-    active = [layer for layer in candidates if layer.get("LayerType") not in passive]
-    return next(iter(active or candidates), None)
+    return [layer for layer in layers if pattern.search(_words(layer))]
 
 
 def _mentions(linear: str) -> re.Pattern[str]:
@@ -147,7 +189,8 @@ def _mentions(linear: str) -> re.Pattern[str]:
 
 
 def _words(layer: Mapping[str, Any]) -> str:
-    return f"{layer.get('Name', '')} {layer.get('Metadata', '')}"
+    name = str(layer.get("Name", "")).replace("...", " ")  # between a region's first and last node
+    return f"{name} {layer.get('Metadata', '')}"
 
 
 def _precision_of(layer: Mapping[str, Any], requested: str) -> str:

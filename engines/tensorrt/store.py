@@ -3,11 +3,13 @@
 NAME.engine              the serialized engine
 NAME.engine.json         its manifest, written last: without it there is no engine
 NAME.ledger.json         the precision of every linear
+NAME.layers.json         the engine inspector's own answer, to be looked at: nothing reads it
 timing.cache             what TensorRT measured, for all engines of the folder
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from ...errors import ArtifactError
 from ...export.tensorrt.versions import Features
-from ...files import atomic_path, sha256_of_file
+from ...files import atomic_path, sha256_of_file, write_text
 from ...progress import Progress
 from .build import Built, build_engine, preview_features
 from .engine import TensorRtEngine
@@ -51,6 +53,10 @@ def engine_path(onnx_path: Path) -> Path:
 
 def ledger_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.stem}.ledger.json")
+
+
+def layers_path(engine: Path) -> Path:
+    return engine.with_name(f"{engine.stem}.layers.json")
 
 
 def stored_engine(
@@ -102,7 +108,10 @@ def _install(
     progress: Progress,
     why: str,
 ) -> StoredEngine:
-    """Inspect the engine, then write it, its ledger, and the manifest last."""
+    """Write the engine, what its inspector says, its ledger, and the manifest last.
+
+    The inspector's answer and the ledger stay where a fallback removes the engine: they say why.
+    """
     if built.timing_cache:
         with atomic_path(engine.with_name(TIMING_CACHE)) as fresh:
             fresh.write_bytes(built.timing_cache)
@@ -110,7 +119,9 @@ def _install(
         fresh.write_bytes(built.engine)
     try:
         with TensorRtEngine(engine, host_code=settings.version_compatible) as opened:
-            ledger = make_ledger(linears_of(onnx_path), opened.layers())
+            layers = opened.layers()
+        write_text(layers_path(engine), json.dumps({"Layers": layers}, indent=1) + "\n")
+        ledger = make_ledger(linears_of(onnx_path), layers)
         ledger.write(ledger_path(engine))
         progress.say(f"precision of {engine.name}: {ledger.summary}")
         ledger.check(settings.allow_fallback)
@@ -149,7 +160,7 @@ def _why_build(engine: Path, found: EngineManifest | None, wanted: EngineManifes
 
 def forget_engine(engine: Path) -> None:
     """Remove an engine and what describes it, the manifest first."""
-    for path in (manifest_path(engine), engine, ledger_path(engine)):
+    for path in (manifest_path(engine), engine, ledger_path(engine), layers_path(engine)):
         path.unlink(missing_ok=True)
 
 

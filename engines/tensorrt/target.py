@@ -151,6 +151,7 @@ def _engine_entry(built: StoredEngine, output: Path) -> EngineEntry:
         batch=(batch["least"], batch["best"], batch["most"]),
         ledger_summary=ledger.summary,
         fallbacks=len(ledger.fallbacks),
+        unproved=len(ledger.unproved),
         ledger=tuple(LedgerEntry(**asdict(row)) for row in ledger.rows),
     )
 

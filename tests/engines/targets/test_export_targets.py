@@ -267,6 +267,22 @@ class TestWithTensorRt:
         page = (tmp_path / "report.html").read_text()
         assert "1 quantized linears run in floating point (--allow-fallback)" in page
 
+    def test_what_nothing_proves_is_said_in_report_and_inspection(
+        self, newest: Fake, model_folder: Path, tmp_path: Path
+    ) -> None:
+        newest.faults.hidden.update(f"transformer_blocks.0.ff.net.{n}" for n in ("0.proj", "2"))
+        newest.faults.regions.append("{ForeignNode[a...z]}")
+        engine = export(model_folder, tmp_path, **INT8).targets[0].engine
+        assert engine is not None
+        assert (engine.fallbacks, engine.unproved) == (0, 2)
+        page = (tmp_path / "report.html").read_text()
+        assert "what 2 quantized linears run in is not proved" in page
+        console = Console(record=True, width=160, file=io.StringIO())
+        print_tables(inspect_artifact(tmp_path / engine.file), console)
+        text = console.export_text()
+        assert "2 of 6 quantized linears unproved, 0 of the other 4 fell back" in text
+        assert "{ForeignNode[a...z]}" in text
+
     def test_a_file_for_another_version_gets_no_engine(
         self, model_folder: Path, tmp_path: Path
     ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qdit.engines.tensorrt.ledger import NOT_FOUND, Ledger, layers_of, make_ledger
+from qdit.engines.tensorrt.ledger import HIDDEN, NOT_FOUND, Ledger, layers_of, make_ledger
 from qdit.engines.tensorrt.monitor import BuildPhases, heartbeat
 from qdit.errors import ArtifactError
 from qdit.progress import Silent
@@ -53,7 +53,20 @@ def layer(
         # other linears whose names start or end alike
         ([layer("block.q_norm/product", "Row major Int8 format"),
           layer("other.block.q/product", "Row major Int8 format")], NOT_FOUND),
-        ([layer("{ForeignNode[block.a...block.z]}", kind="Myelin")], NOT_FOUND),
+        ([layer("{ForeignNode[block.a...block.z]}", kind="Myelin")], HIDDEN),
+        # a region's formats are those of its ends, also where it starts or ends with the linear
+        ([layer("{ForeignNode[block.q/product...z]}", "Row major linear FP32", "Myelin")], HIDDEN),
+        ([layer("{ForeignNode[a...block.q/product]}", "Row major Int8 format", "Myelin",
+                Metadata="[ONNX Layer: block.q/product]")], HIDDEN),
+        ([layer("{ForeignNode[a...z]}", "Row major Int8 format", "ForeignNode")], HIDDEN),
+        # a reformat into a region is no proof of a fallback
+        ([layer("Reformatting CopyNode for Input Tensor 0 to {ForeignNode[block.q/product...z]}",
+                "Row major linear FP32", "Reformat"),
+          layer("{ForeignNode[block.q/product...z]}", "Row major linear FP32", "Myelin")], HIDDEN),
+        ([layer("Reformatting for block.q/product", "FP32", "Reformat")], NOT_FOUND),
+        # a layer that shows the linear proves it, whatever is hidden beside it
+        ([layer("{ForeignNode[a...z]}", kind="Myelin"),
+          layer("block.q/product", "Row major Int8 format")], "INT8"),
         ([], NOT_FOUND),
     ],
 )  # fmt: skip
@@ -61,7 +74,27 @@ def test_a_linear_s_layer(layers: list[dict[str, Any]], executed: str) -> None:
     (row,) = make_ledger(INT8, layers).rows
     assert row.executed == executed
     assert row.fell_back == (executed in ("FP16", "FP32"))
-    assert row.is_open == (executed == NOT_FOUND)
+    assert row.is_open == (executed in (HIDDEN, NOT_FOUND))
+
+
+@pytest.mark.parametrize(
+    ("regions", "place"),
+    [
+        (["{ForeignNode[a...z]}"], "{ForeignNode[a...z]}"),
+        (["{ForeignNode[a...b]}", "{ForeignNode[c...block.q/product]}"],
+         "{ForeignNode[c...block.q/product]}"),
+        (["{ForeignNode[a...b]}", "{ForeignNode[block.q.output...z]}"],
+         "{ForeignNode[block.q.output...z]}"),
+        (["{ForeignNode[a...b]}", "{ForeignNode[c...z]}"], ""),  # in either
+        # starts at the weight of it, or names another linear that starts alike
+        (["{ForeignNode[block.q.weight...b]}", "{ForeignNode[c...z]}"], ""),
+        (["{ForeignNode[block.q.0/product...b]}", "{ForeignNode[c...z]}"], ""),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_the_region_that_must_hold_a_hidden_linear(regions: list[str], place: str) -> None:
+    (row,) = make_ledger(INT8, [layer(name, kind="Myelin") for name in regions]).rows
+    assert (row.executed, row.layer) == (HIDDEN if regions else NOT_FOUND, place)
 
 
 def test_int4_is_that_of_the_weights() -> None:
@@ -93,8 +126,10 @@ def test_the_summary_counts() -> None:
     layers = [layer("l0/product", "Int8"), layer("l1/product", "FP16")]
     ledger: Ledger = make_ledger(linears, layers)
     assert ledger.summary == (
-        "1 FP16, 1 INT8, 1 not found; 1 of 3 quantized linears fell back, 1 not found in the engine"
+        "1 FP16, 1 INT8, 1 not found; 1 of 3 quantized linears unproved, 1 of the other 2 fell back"
     )
+    proved = make_ledger({"l0": {"precision": "INT8"}}, layers)
+    assert proved.summary == "1 INT8; 0 of 1 quantized linears fell back"
 
 
 class Lines(Silent):

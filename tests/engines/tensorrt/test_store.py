@@ -13,10 +13,12 @@ from qdit.engines.tensorrt import library, store
 from qdit.engines.tensorrt.engine import TensorRtEngine
 from qdit.engines.tensorrt.ledger import Ledger
 from qdit.engines.tensorrt.library import GpuIdentity, why_no_engine
+from qdit.engines.tensorrt.linears import linears_of
 from qdit.engines.tensorrt.manifest import EngineManifest
 from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
 from qdit.engines.tensorrt.store import (
     checked_engine,
+    layers_path,
     ledger_path,
     manifest_path,
     stored_engine,
@@ -54,6 +56,7 @@ def test_an_engine_its_manifest_ledger_and_timing_cache(fake: Fake, int8_file: P
         "int8.engine",
         "int8.engine.json",
         "int8.ledger.json",
+        "int8.layers.json",
         "timing.cache",
     }
     manifest = EngineManifest.read(manifest_path(made.path))
@@ -257,7 +260,30 @@ class TestFailures:
     ) -> None:
         newest.faults.hidden.add(QUANTIZED)
         made = build(newest, copied(int8_files, tmp_path))
-        assert "1 not found in the engine" in made.ledger.summary  # type: ignore[attr-defined]
+        assert "1 of 6 quantized linears unproved" in made.ledger.summary  # type: ignore[attr-defined]
+
+    def test_what_a_region_hides_is_neither_int8_nor_a_fallback(
+        self, fake: Fake, int8_file: Path, int8_files: dict[bool, Path]
+    ) -> None:
+        region = f"{{ForeignNode[{QUANTIZED}/product...proj_out]}}"
+        fake.faults.hidden.update(linears_of(int8_file))
+        fake.faults.regions.append(region)
+        made = build(fake, int8_file)  # without allow_fallback
+        rows = made.ledger.rows  # type: ignore[attr-defined]
+        assert {(row.executed, row.layer) for row in rows} == {("hidden", region)}
+        said = "7 hidden; 6 of 6 quantized linears unproved, 0 of the other 0 fell back"
+        assert made.ledger.summary == said  # type: ignore[attr-defined]
+        layers = json.loads(layers_path(made.path).read_text())["Layers"]  # type: ignore[attr-defined]
+        assert [layer["Name"] for layer in layers] == [region]
+
+    def test_the_inspector_s_answer_goes_with_its_engine(
+        self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        path = copied(int8_files, tmp_path)
+        made = build(newest, path)
+        assert layers_path(made.path).is_file()  # type: ignore[attr-defined]
+        store.forget_engine(made.path)  # type: ignore[attr-defined]
+        assert files(tmp_path) == {"int8.onnx", "timing.cache"}
 
     def test_weight_streaming_is_refused_before_any_work(self, fake: Fake, int8_file: Path) -> None:
         settings = replace(SETTINGS, weight_streaming=True)
