@@ -68,7 +68,7 @@ class JointStep:
         if self._seen is None:
             raise RuntimeError("a joint step must tell its rows before it advances")
         epsilon = self._guided_noise(prediction)
-        joint = [steps_jointly(trajectory.scheduler) for trajectory in self._trajectories]
+        joint = [trajectory.of_scheduler(steps_jointly) for trajectory in self._trajectories]
         if all(joint):
             _ddim_steps(self._trajectories, self._seen, epsilon)
             return {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -25,11 +26,8 @@ def encode_sample(
 
     `quality` 0 … 100 is for jpeg and webp. Equal samples give equal bytes.
     """
-    if vae is None:
-        pixels = decode_samples(None, sample[None].detach(), 1)[0]
-    else:
-        with many_threads():
-            pixels = decode_samples(vae, sample[None].detach(), 1)[0]
+    with nullcontext() if vae is None else many_threads():
+        pixels = decode_samples(vae, sample[None].detach(), 1)[0]
     pixels = torch.nan_to_num(pixels, nan=0.0)  # a preview of a sample that went wrong
     image = Image.fromarray(to_uint8(pixels).permute(1, 2, 0).contiguous().numpy())
     file = io.BytesIO()

@@ -78,16 +78,19 @@ def tune(
     shown = progress or Silent()
     timing = timer or GraphTimer(gpu)
     searches = [_TileSearch(product, gpu, timing) for product in dict.fromkeys(products)]
-    for next_tiles in (_TileSearch.likely, _TileSearch.forms_of_the_fastest):
-        rounds = [(search, next_tiles(search)) for search in searches]
+
+    def timed(rounds: list[tuple[_TileSearch, list[Tile]]]) -> Iterator[_TileSearch]:
         if timer is None:
-            _compile_all(
-                [(s.product.kind, tile) for s, tiles in rounds for tile in tiles], gpu, shown
-            )
+            jobs = [(search.product.kind, tile) for search, tiles in rounds for tile in tiles]
+            _compile_all(jobs, gpu, shown)
         for search, tiles in shown.track(rounds, "timing tiles", len(rounds)):
             search.measure(tiles)
-            if next_tiles is _TileSearch.forms_of_the_fastest:
-                yield search.found()
+            yield search
+
+    for _ in timed([(search, search.likely()) for search in searches]):
+        pass
+    for search in timed([(search, search.forms_of_the_fastest()) for search in searches]):
+        yield search.found()
 
 
 class _TileSearch:

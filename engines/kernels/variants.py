@@ -197,9 +197,7 @@ def tile_problem(kind: LinearKind, tile: Tile, limits: Limits) -> str | None:
     if hopper and tile.tokens // 2 + 30 > 65536 // (128 * (tile.warpgroups + 1)) // 8 * 8:
         return f"{tile.tokens} tokens an instruction need more registers than a block starts with"
     sums = tile.tokens // 2 * (1 + _promotes(kind) + tile.pipelined)
-    early = (
-        tile.warpgroups == 2 and tile.tokens <= 160
-    ) or tile.tokens <= 96  # kEarlyScales of the kernel
+    early = tile.tokens <= (160 if tile.warpgroups == 2 else 96)  # kEarlyScales of the kernel
     scales = 0
     if kind.activation_group is not None:
         scales = tile.tokens // 4 if early else 8

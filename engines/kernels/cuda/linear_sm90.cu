@@ -16,7 +16,7 @@ constexpr bool kInTurn = kTurns > 0;
 // A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
 // Scales wait in registers while the matrix unit works, where there are registers for them.
-constexpr bool kEarlyScales = (kWarpgroups == 2 && kTokens <= 160) || kTokens <= 96;
+constexpr bool kEarlyScales = kTokens <= (kWarpgroups == 2 ? 160 : 96);
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
 constexpr int kInputBytes = kTokens * kPanel;
 constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
