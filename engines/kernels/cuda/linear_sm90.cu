@@ -1,5 +1,5 @@
 // y = (x scale_x) (w scale_w)ᵀ on Hopper's integer matrix units: warpgroup instructions on tiles that one
-// warp copies ahead in bulk, while the other warpgroups multiply and promote in turn.
+// warpgroup copies ahead in bulk, while the others multiply and promote in turn.
 //
 // Every operand lies in device memory as it will lie in shared memory, so that no tensor map is needed
 // (a TensorRT plugin could not pass one): activations [K/128, rows, 128], 8-bit weights likewise,
@@ -22,9 +22,18 @@ constexpr int kInputBytes = kTokens * kPanel;
 constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
 constexpr int kChannelScaleBytes = kSegments * kChannels * 4;
 constexpr int kMultiplierBytes = kSegments * kChannels;
-constexpr int kScaleBytes =
-    (kTokenScales + kWeightZero + kInputZero) * kTokenScaleBytes +
-    (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + kMultipliers * kMultiplierBytes;
+// One stage's scales, in bytes from its first.
+constexpr int kChannelScaleAt = kTokenScales * kTokenScaleBytes;
+constexpr int kTokenSumAt = kChannelScaleAt + kChannelScales * kChannelScaleBytes;
+constexpr int kChannelZeroAt = kTokenSumAt + kWeightZero * kTokenScaleBytes;
+constexpr int kTokenZeroAt = kChannelZeroAt + kWeightZero * kChannelScaleBytes;
+constexpr int kChannelSumAt = kTokenZeroAt + kInputZero * kTokenScaleBytes;
+constexpr int kMultipliersAt = kChannelSumAt + kInputZero * kChannelScaleBytes;
+constexpr int kScaleBytes = kMultipliersAt + kMultipliers * kMultiplierBytes;
+// Each warp that copies has operands of its own: one alone would take longer over a panel's copies than the others over its products.
+constexpr int kTokenArrays = kTokenScales + kWeightZero + kInputZero;
+constexpr int kChannelArrays = kChannelScales + kWeightZero + kInputZero;
+constexpr int kCopyingWarps = 2 + (kTokenArrays > 0) + (kChannelArrays > 0);
 constexpr int kScalesAt = kStages * (kWeightBytes + kInputBytes);
 constexpr int kStagingAt = kScalesAt + (kStages * kScaleBytes + 127) / 128 * 128;
 constexpr int kBarriersAt = kStagingAt + kWarpgroups * kStagingBytes;
@@ -78,91 +87,177 @@ struct Problem {
     int channel_tiles;   // along N
 };
 
-__device__ __forceinline__ void copy_rows(
-    uint32 to, const float* from, long long row, int stride, int first, int count, uint32 barrier) {
-    bulk_copy(to, from + row * stride + first, count * 4, barrier);
-}
+// Where the copies of one array of scales, sums or multipliers stand: its row changes every `group` segments.
+template <typename Value>
+struct RowCursor {
+    const Value* from;
+    int stride;
+    int group;
+    int left;
 
-__device__ __forceinline__ void produce(const Problem& p, uint32 base) {
+    __device__ __forceinline__ RowCursor(const Value* first, int stride, int group)
+        : from(first), stride(stride), group(group), left(group) {}
+
+    __device__ __forceinline__ void copy(uint32 to, int count, uint32 barrier) const {
+        bulk_copy(to, from, count * sizeof(Value), barrier);
+    }
+
+    __device__ __forceinline__ void next() {
+        if (--left == 0) left = group, from += stride;
+    }
+};
+
+// One warp's copies for all tiles of this block. For each tile `begin` takes its first token and channel and how many there are of
+// each, and returns the bytes of a panel; then `copy` starts a panel's copies, for the stage and to the barrier that it is given.
+template <typename Begin, typename Copy>
+__device__ __forceinline__ void produce(const Problem& p, uint32 base, Begin begin, Copy copy) {
     const uint32 full = base + kBarriersAt, empty = full + kStages * 8;
-    constexpr int kRowBytes = kFourBits ? 64 : 128;
     Place place;
-    bool first_tile = true;
     TilePlace at(blockIdx.x, gridDim.x, p.channel_tiles);
     for (int tile = blockIdx.x; tile < p.tiles; tile += gridDim.x, at.next()) {
         const int token0 = at.token * kTokens, channel0 = at.channel * kChannels;
-        const int tokens = min(kTokens, p.rows - token0), channels = min(kChannels, p.weight_rows - channel0);
-        const uint32 bytes = tokens * kPanel + channels * kRowBytes +
-                             (kTokenScales + kWeightZero + kInputZero) * kSegments * tokens * 4 +
-                             (kChannelScales + kWeightZero + kInputZero) * kSegments * channels * 4 +
-                             kMultipliers * kSegments * channels;
+        const uint32 bytes = begin(token0, min(kTokens, p.rows - token0), channel0, min(kChannels, p.weight_rows - channel0));
+#pragma unroll 1
         for (int panel = 0; panel < p.panels; ++panel, place.next()) {
             const uint32 ready = full + place.stage * 8;
             barrier_wait(empty + place.stage * 8, place.phase ^ 1);
             barrier_expect(ready, bytes);
-            const uint32 weights = base + place.stage * (kWeightBytes + kInputBytes);
-            bulk_copy(weights, p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * kRowBytes,
-                      channels * kRowBytes, ready);
-            if (first_tile && panel == 0) wait_for_last_kernel();  // weights were there before it
-            bulk_copy(weights + kWeightBytes, p.x + (static_cast<long long>(panel) * p.rows + token0) * kPanel,
-                      tokens * kPanel, ready);
-            const uint32 scales = base + kScalesAt + place.stage * kScaleBytes;
-#pragma unroll
-            for (int part = 0; part < kSegments; ++part) {
-                const int segment = kSegments > 1 ? panel * kSegments + part : panel / kSegmentPanels;
-                const int token_row = segment / p.token_group, channel_row = segment / p.channel_group;
-                const uint32 token_at = part * kTokens * 4, channel_at = part * kChannels * 4;
-                uint32 to = scales;
-                if constexpr (kTokenScales) {
-                    copy_rows(to + token_at, p.token_scale, token_row, p.rows, token0, tokens, ready);
-                    to += kTokenScaleBytes;
-                }
-                if constexpr (kChannelScales) {
-                    copy_rows(to + channel_at, p.channel_scale, channel_row, p.weight_rows, channel0, channels, ready);
-                    to += kChannelScaleBytes;
-                }
-                if constexpr (kWeightZero) {
-                    copy_rows(to + token_at, p.token_sum, segment, p.rows, token0, tokens, ready);
-                    to += kTokenScaleBytes;
-                    copy_rows(to + channel_at, p.channel_zero, channel_row, p.weight_rows, channel0, channels, ready);
-                    to += kChannelScaleBytes;
-                }
-                if constexpr (kInputZero) {
-                    copy_rows(to + token_at, p.token_zero, token_row, p.rows, token0, tokens, ready);
-                    to += kTokenScaleBytes;
-                    copy_rows(to + channel_at, p.channel_sum, segment, p.weight_rows, channel0, channels, ready);
-                    to += kChannelScaleBytes;
-                }
-                if constexpr (kMultipliers) {
-                    bulk_copy(to + part * kChannels,
-                              p.multiplier + static_cast<long long>(channel_row) * p.weight_rows + channel0, channels, ready);
-                }
-            }
+            copy(place.stage, panel, ready);
         }
-        first_tile = false;
     }
+}
+
+// `copy` for each segment that begins in a panel or goes on in it, and `next` where one ends.
+template <typename Copy, typename Next>
+__device__ __forceinline__ void each_segment(int panel, Copy copy, Next next) {
+#pragma unroll
+    for (int part = 0; part < kSegments; ++part) {
+        copy(part);
+        if (kSegmentPanels == 1 || panel % kSegmentPanels == kSegmentPanels - 1) next();
+    }
+}
+
+__device__ __forceinline__ void produce_weights(const Problem& p, uint32 base) {
+    constexpr int kRowBytes = kFourBits ? 64 : 128;
+    const long long step = static_cast<long long>(p.weight_rows) * kRowBytes;
+    const uint8* from = p.w;
+    int count = 0;
+    RowCursor<uint8> multipliers(p.multiplier, 0, 1);
+    produce(
+        p, base,
+        [&](int, int, int channel0, int channels) -> uint32 {
+            from = p.w + static_cast<long long>(channel0) * kRowBytes;
+            count = channels;
+            if constexpr (kMultipliers) multipliers = RowCursor<uint8>(p.multiplier + channel0, p.weight_rows, p.channel_group);
+            return channels * (kRowBytes + kMultipliers * kSegments);
+        },
+        [&](int stage, int panel, uint32 ready) {
+            bulk_copy(base + stage * (kWeightBytes + kInputBytes), from, count * kRowBytes, ready);
+            from += step;
+            if constexpr (kMultipliers) {
+                const uint32 to = base + kScalesAt + stage * kScaleBytes + kMultipliersAt;
+                each_segment(
+                    panel, [&](int part) { multipliers.copy(to + part * kChannels, count, ready); },
+                    [&]() { multipliers.next(); });
+            }
+        });
+}
+
+__device__ __forceinline__ void produce_inputs(const Problem& p, uint32 base) {
+    const long long step = static_cast<long long>(p.rows) * kPanel;
+    const uint8* from = p.x;
+    uint32 bytes = 0;
+    produce(
+        p, base,
+        [&](int token0, int tokens, int, int) -> uint32 {
+            from = p.x + static_cast<long long>(token0) * kPanel;
+            return bytes = tokens * kPanel;
+        },
+        [&](int stage, int, uint32 ready) {
+            bulk_copy(base + stage * (kWeightBytes + kInputBytes) + kWeightBytes, from, bytes, ready);
+            from += step;
+        });
+}
+
+// One side's scales, and for zero points two arrays more: `by_group` changes its row as the scales do, `by_segment` with every one.
+template <int Width, bool Scales, bool ByGroup, int ScaleAt, int ByGroupAt, bool BySegment, int BySegmentAt>
+struct SideOfScales {
+    RowCursor<float> scale, by_group, by_segment;
+    uint32 base;
+    int count = 0;
+
+    __device__ __forceinline__ uint32 begin(
+        const float* scales, const float* grouped, const float* segmented, int first, int wanted, int stride, int group) {
+        count = wanted;
+        if constexpr (Scales) scale = RowCursor<float>(scales + first, stride, group);
+        if constexpr (ByGroup) by_group = RowCursor<float>(grouped + first, stride, group);
+        if constexpr (BySegment) by_segment = RowCursor<float>(segmented + first, stride, 1);
+        return (Scales + ByGroup + BySegment) * kSegments * count * 4;
+    }
+
+    __device__ __forceinline__ void copy(int stage, int panel, uint32 ready) {
+        const uint32 to = base + kScalesAt + stage * kScaleBytes;
+        each_segment(
+            panel,
+            [&](int part) {
+                const uint32 at = to + part * Width * 4;
+                if constexpr (Scales) scale.copy(at + ScaleAt, count, ready);
+                if constexpr (ByGroup) by_group.copy(at + ByGroupAt, count, ready);
+                if constexpr (BySegment) by_segment.copy(at + BySegmentAt, count, ready);
+            },
+            [&]() {
+                if constexpr (Scales) scale.next();
+                if constexpr (ByGroup) by_group.next();
+                if constexpr (BySegment) by_segment.next();
+            });
+    }
+};
+
+__device__ __forceinline__ void produce_token_scales(const Problem& p, uint32 base) {
+    const RowCursor<float> none(nullptr, 0, 1);
+    SideOfScales<kTokens, kTokenScales, kInputZero, 0, kTokenZeroAt, kWeightZero, kTokenSumAt> side{none, none, none, base};
+    produce(
+        p, base,
+        [&](int token0, int tokens, int, int) -> uint32 {
+            return side.begin(p.token_scale, p.token_zero, p.token_sum, token0, tokens, p.rows, p.token_group);
+        },
+        [&](int stage, int panel, uint32 ready) { side.copy(stage, panel, ready); });
+}
+
+__device__ __forceinline__ void produce_channel_scales(const Problem& p, uint32 base) {
+    const RowCursor<float> none(nullptr, 0, 1);
+    SideOfScales<kChannels, kChannelScales, kWeightZero, kChannelScaleAt, kChannelZeroAt, kInputZero, kChannelSumAt> side{
+        none, none, none, base};
+    produce(
+        p, base,
+        [&](int, int, int channel0, int channels) -> uint32 {
+            return side.begin(
+                p.channel_scale, p.channel_zero, p.channel_sum, channel0, channels, p.weight_rows, p.channel_group);
+        },
+        [&](int stage, int panel, uint32 ready) { side.copy(stage, panel, ready); });
+}
+
+// The copying warpgroup: weights do not wait for the last kernel, what it wrote does.
+__device__ __forceinline__ void produce_all(const Problem& p, uint32 base, int warp) {
+    if (!elected()) return;
+    if (warp == 0) produce_weights(p, base);
+    if (kChannelArrays > 0 && warp == 2) produce_channel_scales(p, base);
+    if (warp == 0 || warp == 2) return;
+    wait_for_last_kernel();
+    if (warp == 1) produce_inputs(p, base);
+    if (kTokenArrays > 0 && warp == 3) produce_token_scales(p, base);
 }
 
 // The scales of one segment of the stage at `bytes`.
 __device__ __forceinline__ Scales scales_at(const uint8* bytes, int part) {
-    Scales scales{};
-    const float* at = reinterpret_cast<const float*>(bytes);
-    if constexpr (kTokenScales) scales.token_scale = at + part * kTokens, at += kTokenScaleBytes / 4;
-    if constexpr (kChannelScales) scales.channel_scale = at + part * kChannels, at += kChannelScaleBytes / 4;
-    if constexpr (kWeightZero) {
-        scales.token_sum = at + part * kTokens, at += kTokenScaleBytes / 4;
-        scales.channel_zero = at + part * kChannels, at += kChannelScaleBytes / 4;
-    }
-    if constexpr (kInputZero) {
-        scales.token_zero = at + part * kTokens, at += kTokenScaleBytes / 4;
-        scales.channel_sum = at + part * kChannels, at += kChannelScaleBytes / 4;
-    }
-    return scales;
+    const auto tokens_at = [&](int at) { return reinterpret_cast<const float*>(bytes + at) + part * kTokens; };
+    const auto channels_at = [&](int at) { return reinterpret_cast<const float*>(bytes + at) + part * kChannels; };
+    return {tokens_at(0), channels_at(kChannelScaleAt), tokens_at(kTokenSumAt), channels_at(kChannelZeroAt),
+            tokens_at(kTokenZeroAt), channels_at(kChannelSumAt)};
 }
 
 __device__ __forceinline__ const uint8* multipliers_at(const uint8* bytes, int part) {
-    return bytes + (kTokenScales + kWeightZero + kInputZero) * kTokenScaleBytes +
-           (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + part * kChannels;
+    return bytes + kMultipliersAt + part * kChannels;
 }
 
 // All of a panel's register operands before its first instruction: one that is made later would make the assembler wait for
@@ -486,7 +581,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const int tiles = (tokens + kTokens - 1) / kTokens * channel_tiles;
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
-            barrier_init(full + stage * 8, 1);
+            barrier_init(full + stage * 8, kCopyingWarps);
             barrier_init(empty + stage * 8, 4 * kWarpgroups);
         }
         fence_barrier_init();
@@ -498,7 +593,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
         lower_registers<kProducerRegisters>();
         const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
                         multiplier, panels, rows, weight_rows, token_group, channel_group, tiles, channel_tiles};
-        if (thread == 0) produce(p, base);
+        produce_all(p, base, __shfl_sync(0xFFFFFFFFu, thread / 32, 0));
     } else {
         raise_registers<kConsumerRegisters>();
         wait_for_last_kernel();

@@ -62,6 +62,14 @@ __device__ __forceinline__ void bulk_copy(uint32 to, const void* from, uint32 by
         : "memory");
 }
 
+// Whether this is the one lane that a warp, all of whose lanes are here, has chosen. The assembler knows that what follows is one
+// lane's work, and keeps its addresses in uniform registers, where a copy wants them.
+__device__ __forceinline__ bool elected() {
+    uint32 chosen;
+    asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(chosen));
+    return chosen != 0;
+}
+
 // Programmatic dependent launch: lets the next kernel of the stream start its preamble; waits until the last one
 // has finished, before anything that it wrote is read and anything that it reads is written.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
