@@ -27,7 +27,7 @@ _SHIPPED = Path(__file__).parent / "tiles"
 _LOG = logging.getLogger("qdit.kernels")
 
 _TOKENS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256)
-_STAGES = (8, 6, 5, 4, 3)
+_STAGES = (9, 8, 6, 5, 4, 3)
 # A row count within this factor of a measured one takes its tile.
 _NEAR = 2.0
 # What starting and ending a tile costs, in multiply-adds a k of its area: from sweeps on an H100.
@@ -125,7 +125,8 @@ def candidates(
     kind: LinearKind, limits: Limits, turns: tuple[int, ...] = (0, 1, 2)
 ) -> Iterator[Tile]:
     """Every tile that fits, each with as many stages as there is room for."""
-    for tokens, warpgroups, turn in product(_TOKENS, (2, 3), turns):
+    warpgroups_of = (1, 2, 3) if limits.hopper else (2, 3)
+    for tokens, warpgroups, turn in product(_TOKENS, warpgroups_of, turns):
         tiles = (Tile(tokens, warpgroups, stages, turn) for stages in _STAGES)
         fitting = next((tile for tile in tiles if tile_problem(kind, tile, limits) is None), None)
         if fitting is not None:

@@ -16,7 +16,7 @@ constexpr bool kInTurn = kTurns > 0;
 // A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
 // Scales wait in registers while the matrix unit works, where there are registers for them.
-constexpr bool kEarlyScales = kTokens <= (kWarpgroups == 2 ? 160 : 96);
+constexpr bool kEarlyScales = kTokens <= (kWarpgroups == 3 ? 96 : 160);
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
 constexpr int kInputBytes = kTokens * kPanel;
 constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
@@ -328,8 +328,10 @@ __device__ __forceinline__ void unpack_panel(uint32 (&a)[4][4], const PackedPane
     }
 }
 
-// This warp has read all it needs of a stage.
+// This warp has read all it needs of a stage. Its loads may still be on their way, and the copy engine would overtake them: without
+// the fence, a panel in some million was promoted by the scales of the one that is copied there next.
 __device__ __forceinline__ void release(uint32 empty, int lane) {
+    if constexpr (kPromotes || kFourBits) fence_loads();
     __syncwarp();
     if (lane == 0) barrier_arrive(empty);
 }
@@ -445,7 +447,7 @@ __device__ __forceinline__ void multiply_segments(
 }
 
 // Whether two panels' register operands have room, so that a panel's instructions follow the last one's at once.
-constexpr bool kOperandsAhead = !kFourBits || kWarpgroups == 2;
+constexpr bool kOperandsAhead = !kFourBits || kWarpgroups < 3;
 
 // A tile's integer sums over all panels where no scale changes along k.
 __device__ __forceinline__ void accumulate_plain(

@@ -22,6 +22,12 @@ __device__ __forceinline__ void load_matrix_x4(uint32 (&r)[4], uint32 address) {
                  : "memory");
 }
 
+__device__ __forceinline__ uint32 most_of_warp(uint32 value) {
+    uint32 most;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xFFFFFFFF;" : "=r"(most) : "r"(value));
+    return most;
+}
+
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 #if __CUDA_ARCH__ >= 900
@@ -34,6 +40,9 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// This thread's loads are done before what follows.
+__device__ __forceinline__ void fence_loads() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
 
 __device__ __forceinline__ void barrier_expect(uint32 barrier, uint32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

@@ -17,12 +17,14 @@ constexpr float kSmallestScale = 0x1p-24f;  // quantizers.MIN_SCALE
 constexpr bool kNorm = QDIT_NORM;
 constexpr int kGelu = QDIT_GELU;     // 1: the tanh form, 2: the exact one
 constexpr int kWarps = 8;
-// A row that a warp holds waits for memory and for its own sums: four blocks a multiprocessor hide that, two do not.
-constexpr int kBlocks = (kNorm || kGelu > 0) && kSpan <= 9 ? 4 : 1;
 // Groups that lie in the lanes' four neighbouring values of whole panels need no shared memory.
 constexpr bool kInRegisters = kWidth % 128 == 0 && !kAsymmetric && kSumGroup == 0 &&
                               (kGroup == 32 || kGroup == 64 || kGroup % 128 == 0);
+// One scale a token: 16-bit values wait for it as they were read, in half the registers of wide ones.
+constexpr bool kNarrow = !QDIT_INPUT_FLOAT32 && kInRegisters && !kNorm && kGelu == 0 && kGroup == kWidth && kGroup > 128;
 constexpr int kRowBytes = kInRegisters ? 0 : kPanels * 128 * 5;
+// A row that a warp holds waits for memory and for its own sums: four blocks a multiprocessor hide that, two do not.
+constexpr int kBlocks = kNarrow ? (kSpan <= 9 ? 6 : 4) : (kNorm || kGelu > 0) && kSpan <= 9 ? 4 : 1;
 static_assert(kPanels % (kSpan * kTeam) == 0 && kWarps % kTeam == 0);
 static_assert(!(kNorm || !kInRegisters) || kSpan == kPanels);
 
@@ -50,8 +52,10 @@ __device__ __forceinline__ float sum_of_warp(float value) {
     return value;
 }
 
+// The largest of magnitudes: without a sign, bits compare as their floats do.
 template <int Lanes>
 __device__ __forceinline__ float most_of(float value) {
+    if constexpr (Lanes == 32) return __uint_as_float(most_of_warp(__float_as_uint(value)));
 #pragma unroll
     for (int lanes = Lanes / 2; lanes > 0; lanes /= 2)
         value = fmaxf(value, __shfl_xor_sync(0xFFFFFFFFu, value, lanes));
@@ -100,7 +104,42 @@ __device__ __forceinline__ float largest(const float (&v)[4]) {
     return fmaxf(fmaxf(fabsf(v[0]), fabsf(v[1])), fmaxf(fabsf(v[2]), fabsf(v[3])));
 }
 
-__device__ __forceinline__ float scale_of(float most) { return fmaxf(__fdiv_rn(most, kSteps), kSmallestScale); }
+// Of a range of numbers; one that is so small that its quotient is off gets the smallest scale.
+__device__ __forceinline__ float scale_of(float range) {
+    return fmaxf(divided(range, kSteps, 1.0f / kSteps), kSmallestScale);
+}
+
+// The largest of what all warps of a row's team have found.
+__device__ __forceinline__ float most_of_team(float most, int warp, int lane) {
+    most = most_of<32>(most);
+    if constexpr (kTeam > 1) {
+        __shared__ float maxima[kWarps];
+        if (lane == 0) maxima[warp] = most;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kTeam; ++i) most = fmaxf(most, maxima[warp / kTeam * kTeam + i]);
+    }
+    return most;
+}
+
+#if !QDIT_INPUT_FLOAT32
+// The panels first … first + kSpan - 1 of a row with one scale.
+__device__ __forceinline__ void quantize_narrow(
+    const uint2 (&x)[kSpan], uint8* values, float* scales, int rows, int row, int first, int warp, int lane) {
+    uint32 most = 0;
+#pragma unroll
+    for (int panel = 0; panel < kSpan; ++panel) most = most_halves(most_halves(most, x[panel].x), x[panel].y);
+    const float scale = scale_of(most_of_team(fmaxf(low_half(most), high_half(most)), warp, lane));
+    const float reciprocal = reciprocal_of(scale);
+#pragma unroll
+    for (int panel = 0; panel < kSpan; ++panel) {
+        float v[4];
+        widen4(v, x[panel]);
+        *reinterpret_cast<uint32*>(place_of(values, rows, first + panel, row, lane)) = quantized4(v, scale, reciprocal);
+    }
+    if (lane == 0 && first == 0) scales[place_of_scale(row)] = scale;
+}
+#endif
 
 // The panels first … first + kSpan - 1 of a row.
 __device__ __forceinline__ void quantize_in_registers(
@@ -113,7 +152,7 @@ __device__ __forceinline__ void quantize_in_registers(
 #pragma unroll
         for (int panel = 0; panel < kSpan; ++panel) {
             const float scale = scale_of(most_of<kLanes>(largest(v[panel])));
-            store(panel, scale, __frcp_rn(scale));
+            store(panel, scale, reciprocal_of(scale));
             if (lane % kLanes == 0)
                 scales[static_cast<long long>((first + panel) * kGroups + lane / kLanes) * rows + place_of_scale(row)] = scale;
         }
@@ -124,22 +163,16 @@ __device__ __forceinline__ void quantize_in_registers(
             float most = 0.0f;
 #pragma unroll
             for (int i = 0; i < kGroupPanels; ++i) most = fmaxf(most, largest(v[panel + i]));
-            const float scale = scale_of(most_of<32>(most)), reciprocal = __frcp_rn(scale);
+            const float scale = scale_of(most_of<32>(most)), reciprocal = reciprocal_of(scale);
 #pragma unroll
             for (int i = 0; i < kGroupPanels; ++i) store(panel + i, scale, reciprocal);
             if (lane == 0) scales[static_cast<long long>((first + panel) / kGroupPanels) * rows + place_of_scale(row)] = scale;
         }
     } else {
-        __shared__ float maxima[kWarps];
         float most = 0.0f;
 #pragma unroll
         for (int panel = 0; panel < kSpan; ++panel) most = fmaxf(most, largest(v[panel]));
-        most = most_of<32>(most);
-        if (lane == 0) maxima[warp] = most;
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < kTeam; ++i) most = fmaxf(most, maxima[warp / kTeam * kTeam + i]);
-        const float scale = scale_of(most), reciprocal = __frcp_rn(scale);
+        const float scale = scale_of(most_of_team(most, warp, lane)), reciprocal = reciprocal_of(scale);
 #pragma unroll
         for (int panel = 0; panel < kSpan; ++panel) store(panel, scale, reciprocal);
         if (lane == 0 && first == 0) scales[place_of_scale(row)] = scale;
@@ -164,18 +197,18 @@ __device__ __forceinline__ void quantize_in_shared(
             low = fminf(low, wide[group * kGroup + k]);
             high = fmaxf(high, wide[group * kGroup + k]);
         }
-        high = most_of<32>(high), low = -most_of<32>(-low);
+        high = most_of<32>(high), low = -most_of<32>(fabsf(low));
         const float range = kAsymmetric ? high - low : fmaxf(-low, high);
-        const float scale = fmaxf(__fdiv_rn(range, kSteps), kSmallestScale);
-        const float reciprocal = __frcp_rn(scale);
+        const float scale = scale_of(range);
+        const float reciprocal = reciprocal_of(scale);
         float zero = 0.0f;
         if constexpr (kAsymmetric)
-            zero = fminf(fmaxf(-divide_and_round(low, scale, reciprocal), 0.0f), kSteps);
+            zero = fminf(fmaxf(-rintf(divided(low, scale, reciprocal)), 0.0f), kSteps);
         constexpr float kLowest = kAsymmetric ? 0.0f : -kSteps - 1.0f;
         // stored signed: asymmetric integers and zero points are less by half their range
         constexpr float kShift = kAsymmetric ? (kSteps + 1.0f) / 2.0f : 0.0f;
         for (int k = lane; k < kGroup; k += 32) {
-            const float q = divide_and_round(wide[group * kGroup + k], scale, reciprocal) + zero;
+            const float q = rintf(divided(wide[group * kGroup + k], scale, reciprocal)) + zero;
             narrow[group * kGroup + k] = static_cast<signed char>(fminf(fmaxf(q, kLowest), kSteps) - kShift);
         }
         if (lane == 0) {
@@ -217,12 +250,22 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks) qdit_quantize
     // A team's warps meet at a barrier, so that none may leave: in place of a row beyond the last one they work on
     // that again, and write to the padding.
     if (kTeam == 1 && row >= tokens) return;
-    float v[kSpan][4];
     const Input* from = x + static_cast<long long>(min(row, tokens - 1)) * row_stride;  // in steps of four values
+#if !QDIT_INPUT_FLOAT32
+    if constexpr (kNarrow) {
+        uint2 own[kSpan];
+#pragma unroll
+        for (int panel = 0; panel < kSpan; ++panel) own[panel] = from[(first + panel) * 32 + lane];
+        quantize_narrow(own, values, scales, rows, row, first, warp, lane);
+        return;
+    }
+#endif
+    float v[kSpan][4];
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
         if ((first + panel) * 128 + lane * 4 < kWidth) {
-            widen4(v[panel], from[(first + panel) * 32 + lane]);
+            const Input four = from[(first + panel) * 32 + lane];  // by value: through a reference it is two loads
+            widen4(v[panel], four);
         } else {
             v[panel][0] = v[panel][1] = v[panel][2] = v[panel][3] = 0.0f;
         }

@@ -30,8 +30,7 @@ def tile_of(tactic: int) -> Tile:
 
 def tiles_for(kind: LinearKind, rows: Sequence[int], channels: int, gpu: Gpu) -> list[Tile]:
     """What TensorRT may choose from: the tuned tile of each row count, and one that fits into
-    48 KB of shared memory, should a TensorRT not ask for more (8-bit weights with zero points have
-    none)."""
+    48 KB of shared memory, should a TensorRT not ask for more."""
     chosen = [tile_for(kind, count, channels, gpu) for count in rows]
     small = list(candidates(kind, replace(gpu, shared_bytes=_WITHOUT_ASKING), turns=(0,)))
     if small:

@@ -90,12 +90,13 @@ def test_a_measured_tile_that_no_longer_fits_is_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "channels", "most_tokens"), [(1, 1152, 16), (16, 1152, 16), (512, 1152, 64)]
+    ("rows", "channels", "largest"), [(1, 1152, 16 * 64), (16, 1152, 16 * 64), (512, 1152, 80 * 64)]
 )
 def test_the_rule_does_not_waste_a_large_tile_on_few_rows(
-    rows: int, channels: int, most_tokens: int
+    rows: int, channels: int, largest: int
 ) -> None:
-    assert rule_of_thumb(KIND, rows, channels, GPU).tokens <= most_tokens
+    tile = rule_of_thumb(KIND, rows, channels, GPU)
+    assert tile.tokens * tile.channels <= largest
 
 
 def test_the_rule_takes_large_tiles_for_many_rows() -> None:

@@ -202,12 +202,11 @@ class TestProduct:
     def test_the_tactics_are_tiles_and_one_needs_no_more_than_48_kb(
         self, trt: Any, scheme: LayerScheme
     ) -> None:
-        """8-bit weights with zero points have no tile that small."""
         driver = product_case(scheme).driver(trt)
         assert len(driver.tactics) >= 2
         sizes = [driver.compile(tactic).shared_bytes(8) for tactic in driver.tactics]
         assert max(sizes) > 48 << 10
-        assert (min(sizes) <= 48 << 10) == scheme.weight_symmetric
+        assert min(sizes) <= 48 << 10
 
 
 def test_a_weight_only_product(trt: Any) -> None:
