@@ -23,8 +23,10 @@ constexpr bool kInRegisters = kWidth % 128 == 0 && !kAsymmetric && kSumGroup == 
 // One scale a token: 16-bit values wait for it as they were read, in half the registers of wide ones.
 constexpr bool kNarrow = !QDIT_INPUT_FLOAT32 && kInRegisters && !kNorm && kGelu == 0 && kGroup == kWidth && kGroup > 128;
 constexpr int kRowBytes = kInRegisters ? 0 : kPanels * 128 * 5;
-// A row that a warp holds waits for memory and for its own sums: four blocks a multiprocessor hide that, two do not.
-constexpr int kBlocks = kNarrow ? (kSpan <= 9 ? 6 : 4) : (kNorm || kGelu > 0) && kSpan <= 9 ? 4 : 1;
+// A row that a warp holds waits for memory and for its own sums: blocks of which more share a multiprocessor hide that.
+constexpr int kBlocks = kInRegisters && kSpan <= 4 ? (kGelu > 0 ? 6 : 8)
+                        : kNarrow                  ? (kSpan <= 9 ? 6 : 4)
+                                                   : (kNorm || kGelu > 0) && kSpan <= 9 ? 4 : 1;
 static_assert(kPanels % (kSpan * kTeam) == 0 && kWarps % kTeam == 0);
 static_assert(!(kNorm || !kInRegisters) || kSpan == kPanels);
 
@@ -62,6 +64,11 @@ __device__ __forceinline__ float most_of(float value) {
     return value;
 }
 
+// Whether a lane's four values of a panel lie beyond the row: never where whole panels make it, and the compiler is to know.
+__device__ __forceinline__ bool beyond(int panel, int lane) {
+    return kWidth % 128 > 0 && panel * 128 + lane * 4 >= kWidth;
+}
+
 // (x − mean) / sqrt(variance + ε) · (1 + scale) + shift of the warp's row, all of which it holds.
 __device__ __forceinline__ void normalize(
     float (&v)[kSpan][4], const Modulation& modulation, int row, int lane) {
@@ -69,7 +76,7 @@ __device__ __forceinline__ void normalize(
     float sum = 0.0f;
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
-        if (panel * 128 + lane * 4 >= kWidth) continue;
+        if (beyond(panel, lane)) continue;
 #pragma unroll
         for (int i = 0; i < 4; ++i) sum += v[panel][i];
     }
@@ -77,14 +84,14 @@ __device__ __forceinline__ void normalize(
     float squares = 0.0f;
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
-        if (panel * 128 + lane * 4 >= kWidth) continue;
+        if (beyond(panel, lane)) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) squares = fmaf(v[panel][i] - mean, v[panel][i] - mean, squares);
+        for (int i = 0; i < 4; ++i) v[panel][i] -= mean, squares = fmaf(v[panel][i], v[panel][i], squares);
     }
     const float inverse = rsqrtf(sum_of_warp(squares) / kWidth + modulation.epsilon);
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
-        if (panel * 128 + lane * 4 >= kWidth) continue;
+        if (beyond(panel, lane)) continue;
         // asked for late: rows of one image share them, so that they are near, and registers are what limits warps
         const uint2 scale = *reinterpret_cast<const uint2*>(modulation.scale + offset + panel * 128);
         const uint2 shift = *reinterpret_cast<const uint2*>(modulation.shift + offset + panel * 128);
@@ -92,7 +99,7 @@ __device__ __forceinline__ void normalize(
         const float shifts[4] = {low_half(shift.x), high_half(shift.x), low_half(shift.y), high_half(shift.y)};
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            v[panel][i] = fmaf((v[panel][i] - mean) * inverse, 1.0f + scales[i], shifts[i]);
+            v[panel][i] = fmaf(v[panel][i] * inverse, 1.0f + scales[i], shifts[i]);
     }
 }
 
@@ -149,13 +156,19 @@ __device__ __forceinline__ void quantize_in_registers(
     };
     if constexpr (kGroup <= 128) {
         constexpr int kLanes = kGroup / 4, kGroups = 128 / kGroup;
+        float own = 0.0f;  // with one group a panel, lane i stores the scale of panel i
 #pragma unroll
         for (int panel = 0; panel < kSpan; ++panel) {
             const float scale = scale_of(most_of<kLanes>(largest(v[panel])));
             store(panel, scale, reciprocal_of(scale));
-            if (lane % kLanes == 0)
+            if constexpr (kGroups == 1) {
+                if (lane == panel) own = scale;
+            } else if (lane % kLanes == 0) {
                 scales[static_cast<long long>((first + panel) * kGroups + lane / kLanes) * rows + place_of_scale(row)] = scale;
+            }
         }
+        if (kGroups == 1 && lane < kSpan)
+            scales[static_cast<long long>(first + lane) * rows + place_of_scale(row)] = own;
     } else if constexpr (kTeam == 1) {
         constexpr int kGroupPanels = kGroup / 128;
 #pragma unroll
@@ -263,11 +276,11 @@ extern "C" __global__ void __launch_bounds__(kWarps * 32, kBlocks) qdit_quantize
     float v[kSpan][4];
 #pragma unroll
     for (int panel = 0; panel < kSpan; ++panel) {
-        if ((first + panel) * 128 + lane * 4 < kWidth) {
+        if (beyond(first + panel, lane)) {
+            v[panel][0] = v[panel][1] = v[panel][2] = v[panel][3] = 0.0f;
+        } else {
             const Input four = from[(first + panel) * 32 + lane];  // by value: through a reference it is two loads
             widen4(v[panel], four);
-        } else {
-            v[panel][0] = v[panel][1] = v[panel][2] = v[panel][3] = 0.0f;
         }
     }
     if constexpr (kNorm) normalize(v, {shift, scale, modulation_stride, image_tokens, epsilon}, row, lane);
