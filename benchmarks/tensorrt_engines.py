@@ -13,20 +13,22 @@ a quantized linear that falls back ends the run, one that the inspector does not
 Engines are timed in turns by CUDA events.
 
 Each engine's layers (name, type, tactic, formats) by TensorRT's inspector, and the kernels that one
-execution launches by the CUDA driver (`graph_kernels.py`), go into the JSON: 8.6 hides the products
-in regions of Myelin, and only the kernels' names tell what runs there. `--verbose` keeps TensorRT's
-own log beside each engine. `profile` opens the engines that `run` built and executes them between
-cudaProfilerStart and cudaProfilerStop, for NVIDIA's profilers (times and instructions by kernel;
-`ncu --query-metrics | grep -i imma` lists the counters of INT8 products that a GPU has):
+execution launches by the CUDA driver (`engines/tensorrt/kernels.py`), go into the JSON: 8.6 hides
+the products in regions of Myelin, and only the kernels' names tell what runs there. `--verbose`
+keeps TensorRT's own log beside each engine. `profile` opens the engines that `run` built and
+executes them between cudaProfilerStart and cudaProfilerStop, for NVIDIA's profilers (times and
+instructions by kernel; `ncu --query-metrics | grep -i imma` lists the counters of INT8 products
+that a GPU has):
 
     ncu --profile-from-start off --print-summary per-kernel --metrics gpu__time_duration.sum \
         python3.10 benchmarks/tensorrt_engines.py profile KIT --models demo --batch 16
     nsys profile --capture-range cudaProfilerApi --stats true -o build/trt \
         python3.10 benchmarks/tensorrt_engines.py profile KIT --models demo --batch 16
 
-Ways to get INT8 kernels outside Myelin (`tensorrt_variants.py`), one or more at a time, each in a
-folder of its own: `--no-dynamic-shapes`, `--conv`, `--precision-constraints obey`, `--no-fp16`,
-`--level 1` … `5`. `--kinds tensorrt-int8` leaves the FP16 engine out.
+Other ways to build (`tensorrt_variants.py`), one or more at a time, each in a folder of its own:
+`--surroundings free` leaves it to TensorRT what runs around INT8 products, `fp16` has them in FP16;
+`--no-dynamic-shapes`, `--conv`, `--precision-constraints obey`, `--no-fp16`, `--level 1` … `5` were
+to find INT8 kernels outside Myelin. `--kinds tensorrt-int8` leaves the FP16 engine out.
 
 TensorRT 8.6 without cuBLAS and cuDNN (nothing uses them, `libnvinfer_plugin.so.8` binds them):
 
@@ -49,11 +51,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from graph_kernels import count_int8, kernels_of
 from tensorrt_kit import KINDS, MODELS, kit_models, make_kit
 from tensorrt_stand_ins import make_stand_ins
 from tensorrt_variants import CONSTRAINTS, Variant, altered, write_convolutions
 
+from qdit.engines.tensorrt.kernels import float_products, integer_products
 from qdit.errors import QditError
 from qdit.files import write_json
 from qdit.progress import Progress, Terminal
@@ -208,7 +210,9 @@ def run_model(
     inputs, made, engines = dict(np.load(folder / "inputs.npz")), [], []
     most = max(batches[-1], len(inputs["timestep"]))
     settings = BuildSettings(
-        BatchProfile(1, middle, most), variant.level, allow_fallback=arguments.allow_fallback
+        BatchProfile(1, middle, most),
+        variant.level,
+        allow_fallback=arguments.allow_fallback,
     )
     for kind in arguments.kinds:
         stored = _build(folder, kind, variant, settings, arguments.verbose, progress)
@@ -235,7 +239,7 @@ def run_model(
                 },
                 defaultdict(list),
                 [_brief(layer) for layer in engine.layers()],
-                _kernels(stored.path, _at(inputs, middle)),
+                _kernels(engine, _at(inputs, middle)),
             )
         )
         engines.append(engine)
@@ -314,14 +318,10 @@ def _brief(layer: dict[str, Any]) -> dict[str, Any]:
     return {"name": layer.get("Name", ""), "type": layer.get("LayerType", ""), **tactic, **formats}
 
 
-def _kernels(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
+def _kernels(engine: Any, inputs: dict[str, np.ndarray]) -> dict[str, Any]:
     """See `Measured.kernels`. Evidence beside the figures: a fault here must not cost them."""
-    from qdit.engines.tensorrt.engine import TensorRtEngine
-
     try:
-        with TensorRtEngine(path, graphs=False) as engine:
-            engine.infer(inputs)
-            return kernels_of(engine)
+        return dict(engine.kernels(inputs))
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
@@ -379,7 +379,10 @@ def _print(facts: dict[str, Any], made: list[Measured], progress: Progress) -> N
 def _kernel_words(kernels: dict[str, Any]) -> str:
     if "error" in kernels:
         return f"kernels unknown ({kernels['error']})"
-    return f"{len(kernels)} kernels, {count_int8(kernels)} of them with names of INT8 ones"
+    return (
+        f"{sum(kernels.values())} launches, {integer_products(kernels)} of them INT8 products and "
+        f"{float_products(kernels)} float ones by name"
+    )
 
 
 if __name__ == "__main__":

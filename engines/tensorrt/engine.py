@@ -12,6 +12,7 @@ from ...errors import ArtifactError, InputError, StepError
 from ..engine import Arrays, LoadedEngine, TensorSpec, check_inputs
 from ..engine import as_denoiser as denoiser_by_arrays
 from .cuda import DeviceBuffer, Graph, checked, cuda_runtime
+from .kernels import launched_kernels
 from .ledger import layers_of
 from .library import tensorrt_module
 from .log import ErrorLog, make_logger
@@ -102,6 +103,19 @@ class TensorRtEngine(LoadedEngine):
         inspector.execution_context = self._context
         text = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
         return layers_of(text)
+
+    def kernels(self, inputs: Arrays | None = None) -> dict[str, int]:
+        """Launches by kernel name of one execution (`kernels.py`).
+
+        inputs: zeros by default, as many samples as the engine is fastest with: names and numbers
+        follow from shapes alone. Raises `StepError` where the driver refuses.
+        """
+        self.bind(self._zeros() if inputs is None else inputs)
+        context = self._slot(self._bound()).context
+        self._enqueue(context, self._stream)
+        self._synchronize()
+        launch = lambda: self._enqueue(context, self._stream)  # noqa: E731 - one use
+        return launched_kernels(self._runtime, self._stream, launch)
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
         """All outputs by name, on the host. Raises `InputError` for inputs that do not fit."""
@@ -236,6 +250,15 @@ class TensorRtEngine(LoadedEngine):
         if self._engine is None:
             raise InputError(f"the engine of {self.path} is closed; open it again")
         return self._engine
+
+    def _zeros(self) -> dict[str, np.ndarray]:
+        batch = self.batch_profile[1]
+        return {
+            spec.name: np.zeros(
+                [batch if size == BATCH else int(size) for size in spec.shape], spec.dtype
+            )
+            for spec in self._inputs
+        }
 
     def _spec(self, name: str, *, is_input: bool) -> TensorSpec:
         """As the ONNX file has it: every integer input of a denoiser is INT64 there."""

@@ -5,7 +5,8 @@ name, the formats of its inputs and outputs, its tactic, and the ONNX nodes that
 Where TensorRT's graph compiler (Myelin) took a region of the network, 8.6 shows one entry for all
 of it, '{ForeignNode[first node...last node]}', whose formats are those of the region's ends and say
 nothing of the products inside; published answers of 10 have Myelin's kernels one by one, with the
-ONNX nodes in their metadata.
+ONNX nodes in their metadata. What a region hides may still be proved by the names of the kernels
+that the engine launches, by counting (`with_kernels`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...errors import ArtifactError, StepError
 from ...files import write_json
 
 REQUESTED = "precision"  # the key in 'qdit.linears' (export/tensorrt/lower_int8.py)
+INPUT = "input"  # … the tensor that a linear reads
 LINEARS_KEY = "qdit.linears"
 _QUANTIZED = ("INT8", "INT4", "PLUGIN")
 _FORMATS = (
@@ -33,6 +35,7 @@ _FORMATS = (
 _PASSIVE = ("Reformat", "Shuffle", "Constant", "NoOp", "Slice", "Cast", "Scale")
 _REGION = "{ForeignNode["
 HIDDEN = "hidden"
+BY_KERNELS = "INT8 by kernels"
 NOT_FOUND = "not found"
 
 
@@ -42,7 +45,9 @@ class LedgerRow:
 
     `executed` is 'hidden' where the inspector shows no layer of it, but regions that hide what is
     in them: `layer` is then the region that must hold it, '' where it may be one of several. It is
-    'not found' where there is no such region either. Both are no proof of anything.
+    'not found' where there is no such region either. Both are no proof of anything. A hidden one is
+    'INT8 by kernels' where the kernels that are launched leave no other choice; `layer` says how
+    many there are.
     """
 
     linear: str
@@ -146,6 +151,43 @@ def make_ledger(
             executed, place = (HIDDEN if regions else NOT_FOUND), _region_of(name, regions)
         rows.append(LedgerRow(name, requested, executed, place))
     return Ledger(tuple(rows))
+
+
+def with_kernels(
+    ledger: Ledger,
+    linears: Mapping[str, Mapping[str, Any]],
+    *,
+    integer: int,
+    floats: int,
+    least_floats: int | None,
+) -> Ledger:
+    """The ledger with hidden INT8 linears proved, where the kernels' numbers leave no other choice.
+
+    integer, floats: matrix products that an execution launches (`kernels.py`); least_floats: what
+    it cannot do without in floating point (`least_float_products`), None where that is not known.
+    TensorRT may merge linears of one input (q, k and v) into one product. So with M linears on D
+    inputs all run in INT8 if there are D … M integer products and no more float ones than the rest
+    of the network needs: a linear that fell back would be one more. Also if there are M integer
+    ones, since nothing else makes such a product. Anything else proves nothing, nor do linears of
+    which some are shown by layers: their products are among those counted.
+    """
+    asked = [row for row in ledger.rows if row.requested == "INT8"]
+    hidden = [row for row in asked if row.executed == HIDDEN]
+    inputs = {str(linears[row.linear].get(INPUT, row.linear)) for row in hidden}
+    only = floats == least_floats and len(inputs) <= integer <= len(hidden)
+    if not hidden or len(hidden) < len(asked) or not (only or integer == len(hidden)):
+        return ledger
+    words = f"{integer} integer kernels launched for {len(hidden)} linears"
+    return Ledger(
+        tuple(
+            replace(
+                row, executed=BY_KERNELS, layer=f"{words}, in {row.layer}".removesuffix(", in ")
+            )
+            if row.requested == "INT8"
+            else row
+            for row in ledger.rows
+        )
+    )
 
 
 def layers_of(inspector_json: str) -> list[dict[str, Any]]:

@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ...errors import ArtifactError
+from ...errors import ArtifactError, QditError
 from ...export.tensorrt.versions import Features
 from ...files import atomic_path, sha256_of_file, write_text
 from ...progress import Progress
 from .build import Built, build_engine, preview_features
 from .engine import TensorRtEngine
-from .ledger import Ledger, make_ledger
+from .kernels import float_products, integer_products
+from .ledger import HIDDEN, Ledger, make_ledger, with_kernels
 from .library import gpu_identity, tensorrt_module
-from .linears import linears_of
+from .linears import least_float_products, linears_of
 from .manifest import EngineManifest, manifest_path
 from .settings import BuildSettings
 
@@ -120,8 +122,8 @@ def _install(
     try:
         with TensorRtEngine(engine, host_code=settings.version_compatible) as opened:
             layers = opened.layers()
+            ledger = _ledger(onnx_path, opened, layers, progress)
         write_text(layers_path(engine), json.dumps({"Layers": layers}, indent=1) + "\n")
-        ledger = make_ledger(linears_of(onnx_path), layers)
         ledger.write(ledger_path(engine))
         progress.say(f"precision of {engine.name}: {ledger.summary}")
         ledger.check(settings.allow_fallback)
@@ -138,6 +140,28 @@ def _install(
     megabytes = len(built.engine) / 1e6
     progress.say(f"wrote {engine} ({megabytes:.1f} MB, built in {seconds:.0f} s)")
     return StoredEngine(engine, manifest, ledger, False, why)
+
+
+def _ledger(
+    onnx_path: Path, engine: TensorRtEngine, layers: list[dict[str, Any]], progress: Progress
+) -> Ledger:
+    """By the inspector's layers, and by the kernels where these show no linear."""
+    linears = linears_of(onnx_path)
+    ledger = make_ledger(linears, layers)
+    if not any(row.executed == HIDDEN for row in ledger.unproved):
+        return ledger
+    try:
+        kernels = engine.kernels()
+    except QditError as error:  # unproved it stays, and the engine is no worse for it
+        progress.say(f"kernels of {onnx_path.stem} cannot be named: {error}")
+        return ledger
+    return with_kernels(
+        ledger,
+        linears,
+        integer=integer_products(kernels),
+        floats=float_products(kernels),
+        least_floats=least_float_products(onnx_path),
+    )
 
 
 def _why_build(engine: Path, found: EngineManifest | None, wanted: EngineManifest) -> str:

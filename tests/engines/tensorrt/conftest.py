@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qdit.engines.tensorrt import engine as engine_module
-from qdit.engines.tensorrt import library, store
+from qdit.engines.tensorrt import kernels, library, store
 from qdit.engines.tensorrt.library import GpuIdentity
 from qdit.export.tensorrt.lower_int8 import LowerInt8Pass
 from qdit.export.tensorrt.versions import Features, TensorRtVersion, features
@@ -20,7 +20,7 @@ from qdit.export.tensorrt.versions import Features, TensorRtVersion, features
 from ...export.conftest import make_small_model
 from ...export.tensorrt.conftest import NEW, OLD, Traced, checkpoint_of
 from ...export.tensorrt.test_lower_int8 import BY_CHANNEL, static_scales
-from .fake_tensorrt import VERSIONS, Device, Faults, fake_runtime, installed, make_fake
+from .fake_tensorrt import VERSIONS, Device, Faults, fake_driver, fake_runtime, installed, make_fake
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +44,13 @@ class Fake:
 
 @contextmanager
 def faked(version: str) -> Iterator[Fake]:
-    fresh = {"precisions": {}, "hidden": set(), "regions": []}
+    fresh = {"precisions": {}, "hidden": set(), "regions": [], "kernels": {}}
     device, faults = Device(), type("Fresh", (Faults,), fresh)
     module = make_fake(version, device, faults)
     identity = GpuIdentity("NVIDIA H200", "9.0", "580.1")
     with pytest.MonkeyPatch.context() as patch, installed(module):
         patch.setattr(engine_module, "cuda_runtime", lambda: fake_runtime(device))
+        patch.setattr(kernels, "cuda_driver", lambda: fake_driver(device, faults))
         for place in (library, store):
             patch.setattr(place, "gpu_identity", lambda index=0: identity)
         yield Fake(version, module, device, faults)

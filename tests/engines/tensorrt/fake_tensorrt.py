@@ -25,12 +25,25 @@ import onnxruntime
 API = Path(__file__).parent / "api"
 VERSIONS = ("8.6.0", "10.0.1", "10.16.1", "11.4.0")
 
+# What 8.6's parser makes of an operator. Split is one SLICE an output there; here it has them all.
+_LAYER_TYPES = {
+    "QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE", "MatMul": "MATRIX_MULTIPLY",
+    "Gemm": "MATRIX_MULTIPLY", "Conv": "CONVOLUTION", "LayerNormalization": "NORMALIZATION",
+    "Softmax": "SOFTMAX", "Split": "SLICE", "Slice": "SLICE", "Concat": "CONCATENATION",
+    "Gather": "GATHER", "Cast": "CAST", "Shape": "SHAPE",
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Pow"), "ELEMENTWISE"),
+    **dict.fromkeys(("Tanh", "Sigmoid"), "ACTIVATION"),
+    **dict.fromkeys(("Sin", "Cos", "Sqrt", "Exp"), "UNARY"),
+    **dict.fromkeys(("Reshape", "Transpose", "Unsqueeze", "Squeeze"), "SHUFFLE"),
+}  # fmt: skip
+
 _DTYPES = {
     onnx.TensorProto.FLOAT: "FLOAT",
     onnx.TensorProto.FLOAT16: "HALF",
     onnx.TensorProto.INT64: "INT64",
     onnx.TensorProto.INT32: "INT32",
     onnx.TensorProto.INT8: "INT8",
+    onnx.TensorProto.BOOL: "BOOL",
 }
 
 
@@ -126,7 +139,10 @@ class Faults:
     regions: ClassVar[list[str]] = []  # fused layers that show nothing of what is in them
     config: Any = None
     network_flags = 0
+    network: Any = None
     started_from = b""  # the timing cache that a build was given
+    kernels: ClassVar[dict[str, int]] = {}  # launches by name, as the driver tells them
+    driver_error = False
 
 
 def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
@@ -139,7 +155,9 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
         name: enum.IntEnum(name, members, start=0)  # type: ignore[misc]
         for name, members in api["enums"].items()
     }
-    enums["LayerType"] = enum.IntEnum("LayerType", ["QUANTIZE", "DEQUANTIZE", "OTHER", "SHAPE"])
+    if "LayerType" not in enums:  # recorded of 8.6 alone
+        kinds = recorded(VERSIONS[0])["enums"]["LayerType"]
+        enums["LayerType"] = enum.IntEnum("LayerType", kinds, start=0)  # type: ignore[misc]
     enums["DeviceType"] = enum.IntEnum("DeviceType", ["GPU", "DLA"])
     for name, kind in enums.items():
         setattr(module, name, kind)
@@ -157,17 +175,57 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
         def log(self, severity: Any, msg: str) -> None: ...
 
     class ITensor:
-        def __init__(self, value: onnx.ValueInfoProto) -> None:
+        def __init__(self, value: onnx.ValueInfoProto, *, is_output: bool = False) -> None:
             self.name = value.name
+            self.is_network_output = is_output
             dims = value.type.tensor_type.shape.dim
             self.shape = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
             kind = _DTYPES[value.type.tensor_type.elem_type]
             self.dtype = dtypes["INT32" if old and kind == "INT64" else kind]
             self.is_shape_tensor = False
 
+    class ILayer:
+        """What it was told is kept; a build fails for what 8.6 refuses (`_refusal`)."""
+
+        def __init__(self, name: str, kind: str, inputs: list[Any], outputs: list[Any]) -> None:
+            self.name, self.type = name, enums["LayerType"][kind]
+            self.inputs, self.outputs = inputs, outputs
+            self.told: Any = None
+            self.output_types: dict[int, Any] = {}
+
+        @property
+        def precision(self) -> Any:
+            return self.told or dtypes["FLOAT"]
+
+        @precision.setter
+        def precision(self, value: Any) -> None:
+            self.told = value
+
+        @property
+        def precision_is_set(self) -> bool:
+            return self.told is not None
+
+        @property
+        def num_inputs(self) -> int:
+            return len(self.inputs)
+
+        @property
+        def num_outputs(self) -> int:
+            return len(self.outputs)
+
+        def get_input(self, index: int) -> Any:
+            return self.inputs[index]
+
+        def get_output(self, index: int) -> Any:
+            return self.outputs[index]
+
+        def set_output_type(self, index: int, dtype: Any) -> None:
+            self.output_types[index] = dtype
+
     class INetworkDefinition:
         def __init__(self) -> None:
             self.model: onnx.ModelProto | None = None
+            self.layers: list[Any] = []
 
         @property
         def _graph(self) -> Any:
@@ -180,16 +238,31 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
 
         @property
         def num_layers(self) -> int:
-            return len(self._graph.node)
+            return len(self._made_layers())
 
         def get_input(self, index: int) -> Any:
             return ITensor(self._graph.input[index])
 
         def get_layer(self, index: int) -> Any:
-            name = {"QuantizeLinear": "QUANTIZE", "DequantizeLinear": "DEQUANTIZE"}.get(
-                self._graph.node[index].op_type, "OTHER"
-            )
-            return SimpleNamespace(type=enums["LayerType"][name], precision_is_set=False)
+            return self._made_layers()[index]
+
+        def _made_layers(self) -> list[Any]:
+            """One a constant, then one a node."""
+            if not self.layers:
+                values = _values(self.model)
+                ends = {value.name for value in self._graph.output}
+                tensors = {
+                    name: ITensor(value, is_output=name in ends) for name, value in values.items()
+                }
+                for tensor in self._graph.initializer:
+                    made = [tensors[tensor.name]]
+                    self.layers.append(ILayer(tensor.name, "CONSTANT", [], made))
+                for node in self._graph.node:
+                    given = [tensors.get(name) for name in node.input]
+                    made = [tensors[name] for name in node.output if name]
+                    kind = _LAYER_TYPES.get(node.op_type, "PLUGIN_V2")
+                    self.layers.append(ILayer(node.name, kind, given, made))
+            return self.layers
 
         def __iter__(self) -> Iterator[Any]:
             return (self.get_layer(index) for index in range(self.num_layers))
@@ -260,7 +333,8 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
 
         def create_network(self, flags: int) -> Any:
             faults.network_flags = flags
-            return INetworkDefinition()
+            faults.network = INetworkDefinition()
+            return faults.network
 
         def create_builder_config(self) -> Any:
             faults.config = IBuilderConfig()
@@ -274,6 +348,9 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
                 raise KeyboardInterrupt
             if faults.build_error:
                 self.logger.log(severity.ERROR, faults.build_error)
+                return None
+            if old and (refused := _refusal(network, config)):
+                self.logger.log(severity.ERROR, refused)
                 return None
             monitor = getattr(config, "progress_monitor", None)
             if monitor is not None:
@@ -449,9 +526,9 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
         def phase_finish(self, phase_name: str) -> None: ...
 
     for cls in (
-        ILogger, ITensor, INetworkDefinition, ITimingCache, IBuilderConfig, IOptimizationProfile,
-        Builder, OnnxParser, EngineInspector, IExecutionContext, ICudaEngine, Runtime,
-        IProgressMonitor,
+        ILogger, ITensor, ILayer, INetworkDefinition, ITimingCache, IBuilderConfig,
+        IOptimizationProfile, Builder, OnnxParser, EngineInspector, IExecutionContext, ICudaEngine,
+        Runtime, IProgressMonitor,
     ):  # fmt: skip
         if cls.__name__ in api["classes"]:
             setattr(module, cls.__name__, cls)
@@ -468,6 +545,79 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             setattr(module, f"IInt8{kind}", type(kind, (calibrator,), {}))
     module.init_libnvinfer_plugins = lambda logger, namespace: True  # type: ignore[attr-defined]
     return module
+
+
+def _values(model: onnx.ModelProto | None) -> dict[str, onnx.ValueInfoProto]:
+    """All of a file's values, with types where ONNX infers them; FLOAT in functions' outputs."""
+    assert model is not None
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    found = {
+        name: onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        for node in graph.node
+        for name in node.output
+        if name
+    }
+    found |= {
+        tensor.name: onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        for tensor in graph.initializer
+    }
+    return found | {v.name: v for v in (*graph.input, *graph.value_info, *graph.output)}
+
+
+def _refusal(network: Any, config: Any) -> str:
+    """Why 8.6 does not take what the layers were told; '' where it does.
+
+    The first two in the words that it had on an H200; the third by its bindings' docstrings.
+    """
+    readers: dict[str, list[Any]] = {}
+    for layer in network.layers:
+        for tensor in layer.inputs:
+            if tensor is not None:
+                readers.setdefault(tensor.name, []).append(layer)
+    for layer in network.layers:
+        kind = layer.type.name
+        types = {kind.name for kind in (*layer.output_types.values(), layer.told) if kind}
+        if kind == "QUANTIZE" and types - {"INT8"}:
+            return "A QuantizeLayer can only output DataType::kINT8 or DataType::kFP8"
+        if kind == "CAST" and any(
+            t != layer.outputs[i].dtype for i, t in layer.output_types.items()
+        ):
+            return "mOutputTypes.at(0).value() == params.toType failed."
+        quantized = any(
+            reader.type.name == "QUANTIZE"
+            for index in layer.output_types
+            for reader in readers.get(layer.outputs[index].name, [])
+        )
+        if "HALF" in types and (kind == "DEQUANTIZE" or quantized):
+            return "FP16 input is not supported"
+        if "HALF" in types and "FP16" not in config.flags_set:
+            return f"{layer.name}: FP16 is not enabled"
+        if any(layer.outputs[i].dtype.name not in ("FLOAT", "HALF") for i in layer.output_types):
+            return f"{layer.name}: integers are no floats"
+    return ""
+
+
+def fake_driver(device: Device, faults: type[Faults]) -> Any:
+    """`cuda.bindings.driver` over a captured execution, which launches `faults.kernels`."""
+    status = enum.Enum("CUresult", ["CUDA_SUCCESS", "CUDA_ERROR_NOT_SUPPORTED"])
+    kinds = enum.Enum("CUgraphNodeType", ["CU_GRAPH_NODE_TYPE_GRAPH", "CU_GRAPH_NODE_TYPE_KERNEL"])
+    ok = status.CUDA_SUCCESS
+
+    def nodes(graph: int, count: int = 0) -> tuple[Any, ...]:
+        if faults.driver_error:
+            return status.CUDA_ERROR_NOT_SUPPORTED, None, 0
+        assert len(device.captured[graph]) == 1, "one execution is captured"
+        found = [name for name, launches in faults.kernels.items() for _ in range(launches)]
+        return ok, found[:count], len(found)
+
+    return SimpleNamespace(
+        CUresult=status,
+        CUgraphNodeType=kinds,
+        cuGraphGetNodes=nodes,
+        cuGraphNodeGetType=lambda _node: (ok, kinds.CU_GRAPH_NODE_TYPE_KERNEL),
+        cuGraphKernelNodeGetParams=lambda node: (ok, SimpleNamespace(func=0, kern=node)),
+        cuKernelGetName=lambda kern: (ok, kern.encode()),
+    )
 
 
 def _layers(model: onnx.ModelProto, faults: type[Faults]) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from qdit.engines.tensorrt.ledger import HIDDEN, NOT_FOUND, Ledger, layers_of, make_ledger
+from qdit.engines.tensorrt.ledger import (
+    BY_KERNELS,
+    HIDDEN,
+    NOT_FOUND,
+    Ledger,
+    layers_of,
+    make_ledger,
+    with_kernels,
+)
 from qdit.engines.tensorrt.monitor import BuildPhases, heartbeat
 from qdit.errors import ArtifactError
 from qdit.progress import Silent
@@ -130,6 +138,52 @@ def test_the_summary_counts() -> None:
     )
     proved = make_ledger({"l0": {"precision": "INT8"}}, layers)
     assert proved.summary == "1 INT8; 0 of 1 quantized linears fell back"
+
+
+# q, k and v of one input, fc1 and fc2: four or three to five products
+BLOCK = {
+    name: {"precision": "INT8", "input": source}
+    for name, source in (("q", "x"), ("k", "x"), ("v", "x"), ("fc1", "y"), ("fc2", "z"))
+} | {"adaln": {"precision": "FP16", "input": "c"}}
+REGION = "{ForeignNode[a...z]}"
+
+
+@pytest.mark.parametrize(
+    ("integer", "floats", "proved"),
+    [
+        (3, 4, True),  # q, k and v merged
+        (4, 4, True),
+        (5, 4, True),
+        (5, 9, True),  # one each, whatever else there is
+        (3, 5, False),  # one of q, k and v, and the other two in FP16
+        (4, 5, False),
+        (3, 3, False),  # fewer than the network needs: names that are not understood
+        (2, 4, False),
+        (6, 4, False),
+        (0, 4, False),
+    ],
+)
+def test_kernels_prove_what_leaves_no_other_choice(integer: int, floats: int, proved: bool) -> None:
+    hidden = make_ledger(BLOCK, [layer(REGION, kind="Myelin")])
+    found = with_kernels(hidden, BLOCK, integer=integer, floats=floats, least_floats=4)
+    if not proved:
+        assert found == hidden
+        return
+    *quantized, adaln = found.rows
+    words = f"{integer} integer kernels launched for 5 linears, in {REGION}"
+    assert {(row.executed, row.layer) for row in quantized} == {(BY_KERNELS, words)}
+    assert adaln == hidden.rows[-1]
+    assert not found.unproved and not found.fallbacks
+    assert found.summary == "5 INT8 by kernels, 1 hidden; 0 of 5 quantized linears fell back"
+
+
+def test_kernels_prove_nothing_where_the_file_or_a_layer_is_not_like_that() -> None:
+    hidden = make_ledger(BLOCK, [layer(REGION, kind="Myelin")])
+    assert with_kernels(hidden, BLOCK, integer=3, floats=4, least_floats=None) == hidden
+    some = make_ledger(BLOCK, [layer(REGION, kind="Myelin"), layer("q/product", "FP16")])
+    assert with_kernels(some, BLOCK, integer=4, floats=4, least_floats=4) == some
+    shown = make_ledger(BLOCK, [layer(f"{name}/product", "Int8") for name in BLOCK])
+    assert with_kernels(shown, BLOCK, integer=5, floats=4, least_floats=4) == shown
 
 
 class Lines(Silent):

@@ -276,6 +276,35 @@ class TestFailures:
         layers = json.loads(layers_path(made.path).read_text())["Layers"]  # type: ignore[attr-defined]
         assert [layer["Name"] for layer in layers] == [region]
 
+    @pytest.mark.parametrize(("floats", "unproved"), [(7, 0), (8, 6)])
+    def test_the_launched_kernels_prove_what_a_region_hides(
+        self, fake: Fake, int8_file: Path, floats: int, unproved: int
+    ) -> None:
+        fake.faults.hidden.update(linears_of(int8_file))
+        fake.faults.regions.append("{ForeignNode[a...z]}")
+        fake.faults.kernels.update({
+            "sm90_xmma_gemm_i8f32_i8i32_f32_tn_n_tilesize64x128x128": 4,  # q, k and v are one
+            "sm80_xmma_gemm_f16f16_f16f16_f16_tn_n": floats - 2,
+            "mha0": 1,
+            "__myl_bb0_1_Cas_com": 9,
+        })  # fmt: skip
+        made = build(fake, int8_file)
+        assert len(made.ledger.unproved) == unproved  # type: ignore[attr-defined]
+        (row,) = [r for r in made.ledger.rows if r.linear == QUANTIZED]  # type: ignore[attr-defined]
+        assert row.executed == ("hidden" if unproved else "INT8 by kernels")
+        assert Ledger.read(ledger_path(made.path)) == made.ledger  # type: ignore[attr-defined]
+
+    def test_a_driver_that_names_no_kernels_costs_no_engine(
+        self, fake: Fake, int8_file: Path
+    ) -> None:
+        fake.faults.hidden.update(linears_of(int8_file))
+        fake.faults.regions.append("{ForeignNode[a...z]}")
+        fake.faults.driver_error = True
+        lines = Lines()
+        made = stored_engine(int8_file, SETTINGS, fake.features, lines)
+        assert len(made.ledger.unproved) == 6
+        assert any("cannot be named: the CUDA driver failed" in line for line in lines.said)
+
     def test_the_inspector_s_answer_goes_with_its_engine(
         self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
     ) -> None:

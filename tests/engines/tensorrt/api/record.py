@@ -4,7 +4,8 @@
 
 Run by hand for a new TensorRT: the bindings' wheel is enough where the shared libraries are stood
 in for (`tests/engines/tensorrt/shim.py`). Recorded here: 8.6.0 (its own wheel), 10.0.1, 10.16.1
-and 11.4.0 (bindings' wheels).
+and 11.4.0 (bindings' wheels). Layers (ILayer, LayerType) were added later, and are recorded of
+8.6.0 alone: no code here looks at the layers of a strongly typed network.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from pathlib import Path
 CLASSES = (
     "Builder", "IBuilderConfig", "INetworkDefinition", "OnnxParser", "ParserError", "Runtime",
     "ICudaEngine", "IExecutionContext", "IOptimizationProfile", "ITimingCache", "EngineInspector",
-    "IProgressMonitor", "IHostMemory", "Logger", "ILogger", "ITensor",
+    "IProgressMonitor", "IHostMemory", "Logger", "ILogger", "ITensor", "ILayer",
 )  # fmt: skip
 ENUMS = (
     "BuilderFlag", "NetworkDefinitionCreationFlag", "OnnxParserFlag", "HardwareCompatibilityLevel",
     "ProfilingVerbosity", "MemoryPoolType", "TacticSource", "LayerInformationFormat", "DataType",
     "TensorIOMode", "TensorFormat", "TensorLocation", "PreviewFeature", "EngineCapability",
+    "LayerType",
 )  # fmt: skip
 FUNCTIONS = (
     "init_libnvinfer_plugins",
