@@ -56,6 +56,7 @@ from tensorrt_stand_ins import make_stand_ins
 from tensorrt_variants import CONSTRAINTS, Variant, altered, write_convolutions
 
 from qdit.engines.tensorrt.kernels import float_products, integer_products
+from qdit.engines.tensorrt.settings import SURROUNDINGS
 from qdit.errors import QditError
 from qdit.files import write_json
 from qdit.progress import Progress, Terminal
@@ -105,6 +106,11 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
         help="FASTER_DYNAMIC_SHAPES_0805 off",
     )
     parser.add_argument("--conv", action="store_true", help="quantized linears as 1x1 Conv")
+    parser.add_argument(
+        "--surroundings",
+        choices=SURROUNDINGS,
+        help="what runs around INT8 products; by default the product's choice",
+    )
 
 
 def _kinds(text: str) -> list[str]:
@@ -125,6 +131,7 @@ def _variant(arguments: argparse.Namespace) -> Variant:
         arguments.precision_constraints,
         arguments.dynamic_shapes,
         arguments.conv,
+        arguments.surroundings,
     )
     found.check(installed_features().strongly_typed)
     return found
@@ -213,6 +220,7 @@ def run_model(
         BatchProfile(1, middle, most),
         variant.level,
         allow_fallback=arguments.allow_fallback,
+        surroundings=variant.around,
     )
     for kind in arguments.kinds:
         stored = _build(folder, kind, variant, settings, arguments.verbose, progress)

@@ -1,7 +1,7 @@
-"""Other ways to build a file for TensorRT 8.6, that its INT8 products may stay out of Myelin.
+"""Other ways to build a file for TensorRT 8.6.
 
-Options of `tensorrt_engines.py`, for finding out: the product has none of them. Each changes what
-the product's own builder configuration says, or the file, in one place.
+Options of `tensorrt_engines.py`, for finding out: the product has `surroundings` alone. Each
+changes what the product's own builder configuration says, or the file, in one place.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdit.engines.tensorrt.settings import DEFAULT_SURROUNDINGS, FREE_SURROUNDINGS
 from qdit.errors import InputError
 
 CONSTRAINTS = ("prefer", "obey", "none")
@@ -27,7 +28,8 @@ class Variant:
     * `constraints`: 'obey' asks for INT8 in every quantized product, and the build fails where
       TensorRT has no such kernel; 'prefer' is the product's, and names no layer; 'none' no flag;
     * `dynamic_shapes`: FASTER_DYNAMIC_SHAPES_0805, which lets Myelin take layers of dynamic shape;
-    * `convolutions`: quantized linears as 1×1 convolutions, which have INT8 kernels of their own.
+    * `convolutions`: quantized linears as 1×1 convolutions, which have INT8 kernels of their own;
+    * `surroundings`: `BuildSettings.surroundings`; None is the product's, and 'free' without FP16.
     """
 
     level: int | None = None
@@ -35,6 +37,12 @@ class Variant:
     constraints: str = "prefer"
     dynamic_shapes: bool = True
     convolutions: bool = False
+    surroundings: str | None = None
+
+    @property
+    def around(self) -> str:
+        """What the build settings are told."""
+        return self.surroundings or (DEFAULT_SURROUNDINGS if self.fp16 else FREE_SURROUNDINGS)
 
     @property
     def label(self) -> str:
@@ -45,6 +53,7 @@ class Variant:
             self.constraints * (self.constraints != "prefer"),
             "no-dynamic-shapes" * (not self.dynamic_shapes),
             "conv" * self.convolutions,
+            f"around-{self.surroundings}" * (self.surroundings is not None),
         ]
         return "-".join(part for part in parts if part) or "plain"
 
@@ -54,6 +63,10 @@ class Variant:
             raise InputError(
                 f"the variant {self.label} is for TensorRT 8.6, whose networks are weakly typed; "
                 "leave all but --level out"
+            )
+        if not self.fp16 and self.around != FREE_SURROUNDINGS:
+            raise InputError(
+                f"--no-fp16 forbids what --surroundings {self.around} asks for; take one of them"
             )
 
 

@@ -18,6 +18,7 @@ from .library import polygraphy_backend, tensorrt_module
 from .log import ErrorLog, make_logger
 from .monitor import heartbeat, make_monitor
 from .settings import BuildSettings
+from .surroundings import tell_precisions
 
 # cuBLAS and cuDNN are tactics of older versions that need libraries of their own; measured on the
 # files here, nothing chose them. From 11 on they are gone.
@@ -57,11 +58,15 @@ def build_engine(
     logger = make_logger(trt, log)
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, log, onnx_path, features)
+    if not features.strongly_typed:
+        told = tell_precisions(trt, network, settings.surroundings)
+        if told.half:
+            progress.say(f"TensorRT: {told.half} layers around quantized products are to be FP16")
     monitor = make_monitor(trt, progress)
     config = _configure(trt, builder, network, settings, features, monitor, timing_cache)
     progress.say(f"building {onnx_path.stem} with TensorRT {trt.__version__}")
-    told = heartbeat(progress, onnx_path.stem) if monitor is None else nullcontext()
-    with told:
+    alive = heartbeat(progress, onnx_path.stem) if monitor is None else nullcontext()
+    with alive:
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise StepError(f"TensorRT {trt.__version__} could not build {onnx_path}: {log.text()}")

@@ -10,6 +10,12 @@ from ...export.tensorrt.versions import Features
 
 MOST_LEVEL = 5  # of `builder_optimization_level`
 
+FP16_SURROUNDINGS, FREE_SURROUNDINGS = "fp16", "free"
+SURROUNDINGS = (FP16_SURROUNDINGS, FREE_SURROUNDINGS)
+# Not measured yet: 'free' is 0.5 to 0.8 times as fast as FP16 engines (docs/tensorrt.md). Whichever
+# is found to be faster belongs here; engines of before are built again then.
+DEFAULT_SURROUNDINGS = FP16_SURROUNDINGS
+
 
 @dataclass(frozen=True)
 class BatchProfile:
@@ -56,7 +62,9 @@ class BuildSettings:
       later TensorRTs of the same major version;
     * `weight_streaming`: weights may stay on the host (from 10.0);
     * `refit`: weights may be replaced later;
-    * `allow_fallback`: a quantized linear may run in FP16 or FP32.
+    * `allow_fallback`: a quantized linear may run in FP16 or FP32;
+    * `surroundings`: what TensorRT 8.x computes in around Q/DQ nodes, 'fp16' or what it chooses
+      itself ('free'). Networks of TensorRT 10 on are strongly typed: there it means nothing.
 
     Raises `InputError` for numbers out of range.
     """
@@ -69,6 +77,7 @@ class BuildSettings:
     weight_streaming: bool = False
     refit: bool = False
     allow_fallback: bool = False
+    surroundings: str = DEFAULT_SURROUNDINGS
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -77,6 +86,10 @@ class BuildSettings:
         if self.workspace_bytes is not None and self.workspace_bytes < 1 << 20:
             raise InputError(
                 f"the workspace must be at least 1 MiB (1048576), got {self.workspace_bytes}"
+            )
+        if self.surroundings not in SURROUNDINGS:
+            raise InputError(
+                f"surroundings must be one of {', '.join(SURROUNDINGS)}, got {self.surroundings!r}"
             )
 
     def check(self, features: Features) -> None:

@@ -305,6 +305,17 @@ class TestFailures:
         assert len(made.ledger.unproved) == 6
         assert any("cannot be named: the CUDA driver failed" in line for line in lines.said)
 
+    def test_other_surroundings_are_another_engine(
+        self, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        with faked("8.6.0") as old:
+            path = tmp_path / "int8.onnx"
+            path.write_bytes(int8_files[False].read_bytes())
+            build(old, path)
+            made = build(old, path, replace(SETTINGS, surroundings="free"))
+            assert "surroundings fp16" in made.why  # type: ignore[attr-defined]
+            assert build(old, path, replace(SETTINGS, surroundings="free")).reused  # type: ignore[attr-defined]
+
     def test_the_inspector_s_answer_goes_with_its_engine(
         self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
     ) -> None:
