@@ -12,9 +12,9 @@ MOST_LEVEL = 5  # of `builder_optimization_level`
 
 FP16_SURROUNDINGS, FREE_SURROUNDINGS = "fp16", "free"
 SURROUNDINGS = (FP16_SURROUNDINGS, FREE_SURROUNDINGS)
-# Not measured yet: 'free' is 0.5 to 0.8 times as fast as FP16 engines (docs/tensorrt.md). Whichever
-# is found to be faster belongs here; engines of before are built again then.
-DEFAULT_SURROUNDINGS = FP16_SURROUNDINGS
+# Told 'fp16', 8.6.0 finds no implementation of its Myelin region (docs/tensorrt.md), so that is for
+# finding out what it takes. Engines of another choice are built again.
+DEFAULT_SURROUNDINGS = FREE_SURROUNDINGS
 
 
 @dataclass(frozen=True)

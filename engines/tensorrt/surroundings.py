@@ -2,10 +2,13 @@
 
 Left to itself, 8.6 takes FP32 for everything around the integer products of a network with Q/DQ,
 though FP16 is allowed: attention then runs on CUDA cores, and the engine at half the speed of an
-FP16 one (docs/tensorrt.md). So the layers that compute floats are told to be FP16. And one place is
-told to be FP32 in every network: what follows from a timestep before the first product. There 8.6
-may take FP16, and 999 · frequency has an error of up to 0.25 as a half, in radians; which of both
-it took changed from build to build, and DiT-XL/2's error at t = 900 between 0.0025 and 0.025.
+FP16 one (docs/tensorrt.md). With 'fp16' the layers that compute floats are told to be FP16; all of
+them are more than 8.6.0 has an implementation for, so that this is not the default.
+
+One place is told to be FP32, but in a network with Q/DQ that is left free: what follows from a
+timestep before the first product. There 8.6 may take FP16, and 999 · frequency has an error of up
+to 0.25 as a half, in radians; which of both it took changed from build to build, and DiT-XL/2's
+error at t = 900 between 0.0025 and 0.025.
 
 Not told anything, for the reasons given:
 
@@ -54,12 +57,15 @@ class Told:
 def tell_precisions(trt: Any, network: Any, surroundings: str) -> Told:
     """Tell a parsed, weakly typed network what its floats are, before it is built.
 
-    surroundings: 'fp16' tells the layers around Q/DQ nodes to be FP16, where there are any. The
-    builder holds to it with the flags FP16 and PREFER_PRECISION_CONSTRAINTS.
+    surroundings: 'fp16' tells the layers around Q/DQ nodes to be FP16, where there are any; 'free'
+    tells nothing in a network that has some. The builder holds to it with the flags FP16 and
+    PREFER_PRECISION_CONSTRAINTS.
     """
     floats = _Floats(trt, network)
+    if floats.has_quantized and surroundings != FP16_SURROUNDINGS:
+        return Told(0, 0)
     exact = floats.of_integers()
-    half = floats.around_products() if surroundings == FP16_SURROUNDINGS else []
+    half = floats.around_products()
     kept = {name for layer in exact for name in _made(layer)}
     half = [layer for layer in half if not _made(layer) & kept]
     for layers, precision in ((exact, trt.DataType.FLOAT), (half, trt.DataType.HALF)):
@@ -81,6 +87,10 @@ class _Floats:
         for layer in self._layers:
             for tensor in _inputs(layer):
                 self._readers[tensor.name].append(layer)
+
+    @property
+    def has_quantized(self) -> bool:
+        return any(_is(layer, ("QUANTIZE",)) for layer in self._layers)
 
     def may_be_told(self, tensor: Any) -> bool:
         """Whether a layer's output may be given a type: see this module's docstring. A network's
@@ -105,7 +115,7 @@ class _Floats:
 
     def around_products(self) -> list[Any]:
         """The layers to be FP16 in a network with Q/DQ nodes; none in another."""
-        if not any(_is(layer, ("QUANTIZE",)) for layer in self._layers):
+        if not self.has_quantized:
             return []
         constant, dequantized, integer = self._sides()
         epilogues = self._epilogues(constant, integer)

@@ -120,7 +120,9 @@ def test_every_scale_is_the_quotient_that_a_division_rounds_to() -> None:
     x[:, :, 5] = largest.view(-1, 36)
     rows = quantize_rows(x.flatten(1), QuantizeKind(1152, 32))
     made = rows.scale[:, scale_order(rows.rows)[: rows.count].cuda()].t()
-    assert torch.equal(made, largest.view(-1, 36) / 127)
+    # a tensor: a number would be divided by as a product with its rounded reciprocal
+    steps = torch.full((), 127.0, device="cuda")
+    assert torch.equal(made, largest.view(-1, 36) / steps)
 
 
 def test_millions_of_values_round_as_their_quotients_do() -> None:
@@ -128,7 +130,7 @@ def test_millions_of_values_round_as_their_quotients_do() -> None:
     x = torch.randn(50_000, 1152, generator=random, device="cuda")
     rows = quantize_rows(x, QuantizeKind(1152, 128))
     groups = x.unflatten(1, (9, 128))
-    scale = groups.abs().amax(2, keepdim=True) / 127
+    scale = groups.abs().amax(2, keepdim=True) / torch.full((), 127.0, device="cuda")
     expected = (groups / scale).round().flatten(1).to(torch.int8)
     assert torch.equal(from_panels(rows.values, rows.count, 1152), expected)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qdit.engines.tensorrt.build import build_engine
-from qdit.engines.tensorrt.settings import BatchProfile, BuildSettings
+from qdit.engines.tensorrt.settings import DEFAULT_SURROUNDINGS, BatchProfile, BuildSettings
 from qdit.errors import InputError, StepError
 from qdit.progress import Silent
 
@@ -96,11 +96,9 @@ def test_constants_and_integers_are_told_nothing(old: Fake, int8_files: dict[boo
             assert not layer.precision_is_set and not layer.output_types, layer.name
 
 
-def test_left_free_only_the_timestep_is_told(old: Fake, int8_files: dict[bool, Path]) -> None:
-    found = layers(old, int8_files[False], "free")
-    told = {name.rpartition("/")[2] for name, layer in found.items() if layer.precision_is_set}
-    assert told == {"Mul", "Sin", "Cos", "Concat"}
-    assert {precision(layer) for layer in found.values()} == {"", "FLOAT"}
+def test_left_free_nothing_is_told(old: Fake, int8_files: dict[bool, Path]) -> None:
+    found = layers(old, int8_files[False], DEFAULT_SURROUNDINGS)
+    assert not any(layer.precision_is_set or layer.output_types for layer in found.values())
 
 
 def test_a_network_without_quantized_layers_is_told_the_timestep_alone(
