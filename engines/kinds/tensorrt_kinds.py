@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import ArtifactError, InputError
 from ...files import sha256_of_file
-from ..tensorrt.store import FOLDER, checked_engine, engine_path
+from ..tensorrt.store import FOLDER, checked_engine, engine_path, why_not_here
 from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
 
 
@@ -29,7 +29,8 @@ def _obstacle(target: str, folder: Path, settings: EngineSettings) -> str | None
 
 
 def _open(target: str, folder: Path, settings: EngineSettings) -> SamplingEngine:
-    """Load the engine after its bytes and those it was built from were held against its manifest.
+    """Load the engine after its bytes, those it was built from and the installed TensorRT were held
+    against its manifest.
 
     A serialized engine is code: one that is not the one that was built is never read.
     """
@@ -46,6 +47,11 @@ def _open(target: str, folder: Path, settings: EngineSettings) -> SamplingEngine
                 f"{file} is not what its engine's manifest records; export with --target {target} "
                 "again"
             )
+    if other := why_not_here(manifest):
+        raise ArtifactError(
+            f"{path} was built for another TensorRT than this machine's ({other}); export with "
+            f"--target {target} again"
+        )
     plugins_of(target)()
     return TensorRtEngine(path)
 

@@ -24,7 +24,7 @@ from .build import Built, build_engine, preview_features
 from .engine import TensorRtEngine
 from .kernels import float_products, integer_products
 from .ledger import HIDDEN, Ledger, make_ledger, with_kernels
-from .library import gpu_identity, tensorrt_module
+from .library import gpu_identity, installed_features, tensorrt_module
 from .linears import least_float_products, linears_of
 from .manifest import EngineManifest, manifest_path
 from .settings import BuildSettings
@@ -186,6 +186,18 @@ def forget_engine(engine: Path) -> None:
     """Remove an engine and what describes it, the manifest first."""
     for path in (manifest_path(engine), engine, ledger_path(engine), layers_path(engine)):
         path.unlink(missing_ok=True)
+
+
+def why_not_here(found: EngineManifest) -> str:
+    """What keeps a finished engine from running with the TensorRT that is installed, in words; ''
+    for nothing. One of 8.6 without shared profiles would end the process, not the call."""
+    trt = tensorrt_module()
+    wanted = replace(
+        found,
+        tensorrt=str(trt.__version__),
+        preview_features=preview_features(trt, installed_features()),
+    )
+    return found.difference(wanted)
 
 
 def checked_engine(engine: Path) -> EngineManifest:

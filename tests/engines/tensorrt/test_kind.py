@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,23 @@ def test_bytes_that_are_not_those_recorded_are_never_read(exported: Path, name: 
 def test_an_unfinished_engine(exported: Path) -> None:
     manifest_path(exported / "tensorrt" / "tensorrt-int8.engine").unlink()
     with pytest.raises(ArtifactError, match="is no finished engine; build it again"):
+        open_engine(exported, "tensorrt-int8")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("tensorrt", "10.0.1", r"tensorrt 10\.0\.1 → "),
+        ("preview_features", ["SOMETHING_0805"], "preview_features "),
+    ],
+)
+def test_an_engine_of_another_tensorrt_is_not_read(
+    exported: Path, name: str, value: object, words: str
+) -> None:
+    path = manifest_path(exported / "tensorrt" / "tensorrt-int8.engine")
+    recorded = json.loads(path.read_text())
+    path.write_text(json.dumps({**recorded, name: value}))
+    with pytest.raises(ArtifactError, match=f"built for another TensorRT .*{words}"):
         open_engine(exported, "tensorrt-int8")
 
 
