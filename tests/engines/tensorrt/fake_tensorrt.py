@@ -44,6 +44,7 @@ _DTYPES = {
     onnx.TensorProto.INT32: "INT32",
     onnx.TensorProto.INT8: "INT8",
     onnx.TensorProto.BOOL: "BOOL",
+    onnx.TensorProto.INT4: "INT4",
 }
 
 
