@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,32 @@ class DeviceBuffer:
             self.pointer = self.byte_size = 0
 
 
+class NotCapturedError(StepError):
+    """What was launched cannot be captured into a graph."""
+
+
+@contextmanager
+def captured(runtime: Any, stream: int, launch: Callable[[], None]) -> Iterator[Any]:
+    """The graph of what `launch()` enqueues on `stream`, for as long as the context lasts.
+
+    Nothing of it is executed. Raises `NotCapturedError` where `launch` or the runtime fails.
+    """
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    checked(runtime, runtime.cudaStreamBeginCapture(stream, mode))
+    try:
+        try:
+            launch()
+        finally:  # or the stream stays in capture
+            ended = runtime.cudaStreamEndCapture(stream)
+        graph = checked(runtime, ended)
+    except StepError as error:
+        raise NotCapturedError(str(error)) from error
+    try:
+        yield graph
+    finally:
+        checked(runtime, runtime.cudaGraphDestroy(graph))
+
+
 class Graph:
     """A captured sequence of launches, replayed as one."""
 
@@ -74,21 +102,13 @@ class Graph:
         self._executable = executable
 
     @classmethod
-    def capture(cls, runtime: Any, stream: int, launch: Any) -> Graph | None:
+    def capture(cls, runtime: Any, stream: int, launch: Callable[[], None]) -> Graph | None:
         """Capture what `launch()` enqueues on `stream`; None where that cannot be captured."""
-        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        checked(runtime, runtime.cudaStreamBeginCapture(stream, mode))
         try:
-            launch()
-        except StepError:
-            runtime.cudaStreamEndCapture(stream)
+            with captured(runtime, stream, launch) as graph:
+                return cls(runtime, checked(runtime, runtime.cudaGraphInstantiate(graph, 0)))
+        except NotCapturedError:
             return None
-        status, graph = runtime.cudaStreamEndCapture(stream)
-        if status != runtime.cudaError_t.cudaSuccess:
-            return None
-        executable = checked(runtime, runtime.cudaGraphInstantiate(graph, 0))
-        checked(runtime, runtime.cudaGraphDestroy(graph))
-        return cls(runtime, executable)
 
     def launch(self, stream: int) -> None:
         checked(self._runtime, self._runtime.cudaGraphLaunch(self._executable, stream))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ class TensorRtEngine(LoadedEngine):
         context = self._slot(self._bound()).context
         self._enqueue(context, self._stream)
         self._synchronize()
-        launch = lambda: self._enqueue(context, self._stream)  # noqa: E731 - one use
+        launch = partial(self._enqueue, context, self._stream)
         return launched_kernels(self._runtime, self._stream, launch)
 
     def infer(self, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -327,7 +328,7 @@ class TensorRtEngine(LoadedEngine):
         self._enqueue(slot.context, self._stream)
         if self._uses_graphs and not slot.refused:
             self._synchronize()
-            launch = lambda: self._enqueue(slot.context, self._stream)  # noqa: E731 - one use
+            launch = partial(self._enqueue, slot.context, self._stream)
             slot.graph = Graph.capture(self._runtime, self._stream, launch)
             slot.refused = slot.graph is None
 

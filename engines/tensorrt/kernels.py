@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...errors import InputError, StepError
-from .cuda import checked
+from .cuda import captured
 
 # Names seen in engines of 8.6 on an H200: xmma's products, by the types of operands, accumulators
 # and results ('i8i8_i8i32_f32', 'f16f16_f16f32_f32', 'f32f32_f32f32_f32'), and Myelin's fused
@@ -44,17 +44,8 @@ def launched_kernels(runtime: Any, stream: int, launch: Callable[[], None]) -> d
     captured. Raises `StepError` where the driver refuses, `InputError` without cuda-bindings.
     """
     driver = cuda_driver()
-    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    checked(runtime, runtime.cudaStreamBeginCapture(stream, mode))
-    try:
-        launch()
-    finally:  # or the stream stays in capture
-        ended = runtime.cudaStreamEndCapture(stream)
-    graph = checked(runtime, ended)
-    try:
+    with captured(runtime, stream, launch) as graph:
         return dict(Counter(_names(driver, graph)).most_common())
-    finally:
-        checked(runtime, runtime.cudaGraphDestroy(graph))
 
 
 def integer_products(kernels: Mapping[str, int]) -> int:
