@@ -126,7 +126,8 @@ def _table(found: Sequence[Tuned], here: Gpu) -> Table:
     table = Table(
         box=SIMPLE,
         title=here.name,
-        caption="tile: tokens × channels, stages; t1, t2: in turns; p: pipelined. "
+        caption="tile: tokens × channels, stages; t1, t2: in turns; p: pipelined; c: sums from a "
+        "constant; k2, k3: panels shared by so many warpgroups. "
         "TOPS counts a multiply-add as two operations.",
     )
     for heading in ("rows", "K → N", "scheme", "tile", "µs", "TOPS", "before", "gain"):
@@ -149,4 +150,5 @@ def _table(found: Sequence[Tuned], here: Gpu) -> Table:
 
 def _short(tile: Tile) -> str:
     marks = (f" t{tile.turns}" if tile.turns else "") + (" p" if tile.pipelined else "")
+    marks += (" c" if tile.starts else "") + (f" k{tile.splits}" if tile.splits > 1 else "")
     return f"{tile.tokens}×{tile.channels} {tile.stages}{marks}"

@@ -143,13 +143,22 @@ def shortlist(product: Product, gpu: Gpu) -> list[Tile]:
 
 
 def other_forms(kind: LinearKind, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """The same cut in turns, pipelined, and with fewer stages."""
-    forms = [
+    """The same cut in turns, pipelined, with fewer stages, and each with sums that start from a
+    constant."""
+    plain = [
+        tile,
         replace(tile, turns=1),
         replace(tile, turns=2),
         replace(tile, turns=0, pipelined=True),
         replace(tile, stages=max(2, tile.stages - 1)),
     ]
+    if tile.warpgroups == 1:  # few tiles, which leaves room for more warpgroups on each
+        plain += [
+            Tile(tile.tokens, splits, stages, splits=splits)
+            for splits in (2, 3)
+            for stages in (tile.stages, max(2, tile.stages - 1), max(2, tile.stages - 2))
+        ]
+    forms = plain + [replace(form, starts=True) for form in plain]
     return [form for form in forms if form != tile and tile_problem(kind, form, gpu) is None]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,8 @@ def linear(
         tile = tile_for(kind, rows.count, weight.channels, device)
     elif (problem := tile_problem(kind, tile, device)) is not None:
         raise InputError(f"the tile {tile} does not fit the product: {problem}")
+    if weight.heavy:
+        tile = replace(tile, starts=False)
     kernel = linear_kernel(kind, tile, device, gated=gate is not None, dtype=dtype)
     blocks, threads = _grid(rows.count, weight.channels, tile, device)
     kernel.launch((blocks, 1), threads, _arguments(rows, weight, kind, bias, gate, out))

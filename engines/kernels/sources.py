@@ -34,26 +34,36 @@ def wgmma_header(tokens: int) -> str:
     registers = _wgmma_function(
         "wgmma_registers", "const uint32 (&a)[4]", operands, tokens, shared=False
     )
-    return f"#pragma once\n// {count} accumulators a thread\n{shared}{registers}"
+    start = _wgmma_function(
+        "wgmma_start", "uint32 a", ['"r"(a)'], tokens, shared=True, types="u8.u8", high="kStartHigh"
+    )
+    return f"#pragma once\n// {count} accumulators a thread\n{shared}{registers}{start}"
 
 
 def _wgmma_function(
-    name: str, parameter: str, operands: list[str], tokens: int, *, shared: bool
+    name: str,
+    parameter: str,
+    operands: list[str],
+    tokens: int,
+    *,
+    shared: bool,
+    types: str = "s8.s8",
+    high: str = "kDescriptorHigh",
 ) -> str:
     count = tokens // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+r"(d[{i}])' for i in range(count))
-    input_word, high, keep = (count + len(operands) + i for i in range(3))
+    input_word, upper, keep = (count + len(operands) + i for i in range(3))
     first = "first" if shared else "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
-    made = f"mov.b64 first, {{%{count}, %{high}}};\\n" if shared else ""
-    inputs = ", ".join([*operands, '"r"(b)', '"n"(kDescriptorHigh)', '"r"(accumulate)'])
+    made = f"mov.b64 first, {{%{count}, %{upper}}};\\n" if shared else ""
+    inputs = ", ".join([*operands, '"r"(b)', f'"n"({high})', '"r"(accumulate)'])
     return f"""
 __device__ __forceinline__ void {name}(
     int (&d)[{count}], {parameter}, uint32 b, int accumulate) {{
     asm volatile(
         "{{\\n.reg .pred keep;\\n.reg .b64 first, second;\\n"
-        "setp.ne.b32 keep, %{keep}, 0;\\n{made}mov.b64 second, {{%{input_word}, %{high}}};\\n"
-        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.s8.s8 "
+        "setp.ne.b32 keep, %{keep}, 0;\\n{made}mov.b64 second, {{%{input_word}, %{upper}}};\\n"
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k32.s32.{types} "
         "{{{registers}}}, {first}, second, keep;\\n}}"
         : {outputs}
         : {inputs});

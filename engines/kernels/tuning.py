@@ -2,7 +2,7 @@
 
 Tables are JSON, one a GPU. One ships for Hopper (`tiles/sm_90a.json`); `qdit-tune` measures on the
 machine at hand and writes its own to the user's cache, which is looked into first. Results do not
-depend on the tile.
+depend on the tile, but for how float32 sums are rounded where a tile shares its panels (`splits`).
 """
 
 from __future__ import annotations

@@ -110,10 +110,14 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Tile:
-    """How a product is cut: tokens × 64 · warpgroups channels a block, `stages` panels ahead.
+    """How a product is cut: tokens × `channels` a block, `stages` panels ahead.
 
     turns: whether warpgroups use the matrix unit one after the other, 0, 1 or 2 (Hopper).
     pipelined: two panels in flight a warpgroup (Hopper).
+    splits: warpgroups that share 64 channels, each with every `splits`th panel, and add up
+    (Hopper). Float sums are rounded in another order then; those of integers alone are the same.
+    starts: the matrix unit starts sums from a constant, so that they can be read as floats at once
+    (Hopper).
     """
 
     tokens: int
@@ -121,8 +125,14 @@ class Tile:
     stages: int = 4
     turns: int = 0
     pipelined: bool = False
+    starts: bool = False
+    splits: int = 1
 
     def __post_init__(self) -> None:
+        if self.splits < 1 or self.warpgroups % self.splits:
+            raise InputError(
+                f"a tile's splits must divide its {self.warpgroups} warpgroups, got {self.splits}"
+            )
         if self.tokens % 16 or not 16 <= self.tokens <= 256:
             raise InputError(
                 f"a tile's tokens must be a multiple of 16 up to 256, got {self.tokens}"
@@ -130,7 +140,12 @@ class Tile:
 
     @property
     def channels(self) -> int:
-        return 64 * self.warpgroups
+        return 64 * self.columns
+
+    @property
+    def columns(self) -> int:
+        """Of 64 channels."""
+        return self.warpgroups // self.splits
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -149,6 +164,8 @@ def linear_defines(
         "QDIT_STAGES": tile.stages,
         "QDIT_TURNS": tile.turns,
         "QDIT_PIPELINED": int(tile.pipelined),
+        "QDIT_STARTS": int(tile.starts),
+        "QDIT_SPLITS": tile.splits,
         "QDIT_GATED": int(gated),
         "QDIT_SHARED_BYTES": linear_shared_bytes(kind, tile, hopper),
         "QDIT_BF16": int(bfloat16),
@@ -157,16 +174,19 @@ def linear_defines(
 
 def linear_shared_bytes(kind: LinearKind, tile: Tile, hopper: bool) -> int:
     """Dynamic shared memory of one block, as the kernel lays it out."""
-    parts = max(1, PANEL // kind.segment)
+    segments = max(1, PANEL // kind.segment)
     operands = tile.channels * (kind.weight_bits * 16) + tile.tokens * PANEL
     zeros = int(kind.weight_zero) + int(kind.input_zero)
     token_arrays = int(kind.activation_group is not None) + zeros
     channel_arrays = int(kind.weight_group is not None) + zeros
-    scales = parts * 4 * (token_arrays * tile.tokens + channel_arrays * tile.channels)
-    scales += parts * tile.channels * int(kind.multiplier_group is not None)
-    staging = tile.warpgroups * tile.tokens * 144
+    scales = segments * 4 * (token_arrays * tile.tokens + channel_arrays * tile.channels)
+    scales += segments * tile.channels * int(kind.multiplier_group is not None)
+    staging = tile.columns * tile.tokens * 144
+    parts = (tile.warpgroups - tile.columns) * tile.tokens * 256  # sums on their way
     if hopper:
-        return tile.stages * operands + _padded(tile.stages * scales) + staging + 16 * tile.stages
+        start = 256 * int(tile.starts)  # kStartBytes of the kernel
+        copied = tile.stages * operands + _padded(tile.stages * scales)
+        return copied + staging + parts + start + 16 * tile.stages
     return max(tile.stages * (operands + _padded(scales)), staging)
 
 
@@ -189,6 +209,14 @@ def tile_problem(kind: LinearKind, tile: Tile, limits: Limits) -> str | None:
     hopper = limits.hopper
     if (tile.turns or tile.pipelined) and not (hopper and _promotes(kind)):
         return "turns and pipelining are for Hopper, and for products that promote along k"
+    if tile.starts and not (hopper and _promotes(kind) and kind.segment <= PANEL):
+        return "sums start from a constant on Hopper, where scales change at least every 128 k"
+    if tile.splits > 1 and not (hopper and (not _promotes(kind) or kind.segment == PANEL)):
+        return f"panels are shared on Hopper, where scales change every {PANEL} k or not at all"
+    if tile.splits > 1 and (tile.turns or tile.pipelined or tile.stages < 2 * tile.splits):
+        return "panels are shared without turns or pipelining, and with two stages for each part"
+    if tile.splits > kind.panels:
+        return f"{kind.panels} panels of {PANEL} k are too few for {tile.splits} parts"
     if tile.pipelined and tile.turns == 2:
         return "a pipelined warpgroup cannot wait for its turn's end"
     if tile.pipelined and kind.segment != PANEL:
@@ -197,10 +225,7 @@ def tile_problem(kind: LinearKind, tile: Tile, limits: Limits) -> str | None:
     if hopper and tile.tokens // 2 + 30 > 65536 // (128 * (tile.warpgroups + 1)) // 8 * 8:
         return f"{tile.tokens} tokens an instruction need more registers than a block starts with"
     sums = tile.tokens // 2 * (1 + _promotes(kind) + tile.pipelined)
-    early = tile.tokens <= (96 if tile.warpgroups == 3 else 160)  # kEarlyScales of the kernel
-    scales = 0
-    if kind.activation_group is not None:
-        scales = tile.tokens // 4 if early else 8
+    scales = 8 if kind.activation_group is not None else 0  # more where there is room
     operands = (42 if tile.pipelined else 8) if kind.weight_bits == 4 else 0
     registers = sums + scales + operands + 24  # what compiles without spills
     limit = {1: 240, 2: 232, 3: 160}[tile.warpgroups] if hopper else 255

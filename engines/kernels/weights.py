@@ -23,6 +23,8 @@ from .layouts import (
 )
 from .variants import LinearKind
 
+_LEAST_START = 31 * 255 * 255 + 241 * 241  # kStart of the kernel, where it is the smaller one
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -32,7 +34,9 @@ class PackedWeight:
     scale: float32 [G, N']: a group's scale, or with multipliers the channel's, [1, N'];
     multiplier: uint8 [G, N'], or None (weight-only products take the groups' own scales);
     zero: float32 [G, N'], the zero point less half the integers' range, or None;
-    total: float32 [segments, N'], Σ (q − zero) of each segment, where inputs have zero points.
+    total: float32 [segments, N'], Σ (q − zero) of each segment, where inputs have zero points;
+    heavy: Σ |q| of some 128 k is so near its most that sums cannot start from a constant
+    (`Tile.starts`), as where nearly all of them are the most negative integer.
     """
 
     channels: int
@@ -43,6 +47,7 @@ class PackedWeight:
     multiplier: Tensor | None = None
     zero: Tensor | None = None
     total: Tensor | None = None
+    heavy: bool = False
 
     @property
     def rows(self) -> int:
@@ -101,7 +106,16 @@ def pack_weight(
         multiplier=multiplier,
         zero=None if zero is None else _by_group(zero, signed),
         total=None if kind is None or not kind.input_zero else _totals(signed, zero, kind),
+        heavy=_is_heavy(signed, bits),
     )
+
+
+def _is_heavy(signed: Tensor, bits: int) -> bool:
+    if signed.is_meta:
+        return False
+    magnitudes = functional.pad(signed.to(torch.int32).abs(), (0, -signed.shape[1] % PANEL))
+    unit = 16 if bits == 4 else 1  # as the kernel multiplies them
+    return 127 * unit * int(magnitudes.unflatten(1, (-1, PANEL)).sum(dim=2).max()) > _LEAST_START
 
 
 def _stacked(parts: Sequence[Tensor | None]) -> Tensor:

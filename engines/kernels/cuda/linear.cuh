@@ -12,7 +12,10 @@
 
 constexpr int kTokens = QDIT_TILE_TOKENS;
 constexpr int kWarpgroups = QDIT_WARPGROUPS;
-constexpr int kChannels = 64 * kWarpgroups;
+// Warpgroups that share a tile's channels and add up, each every kSplits-th panel.
+constexpr int kSplits = QDIT_SPLITS;
+constexpr int kColumns = kWarpgroups / kSplits;  // of 64 channels
+constexpr int kChannels = 64 * kColumns;
 constexpr int kAccumulators = kTokens / 2;
 constexpr int kPanel = 128;      // bytes of k in one row of a panel
 constexpr int kStep = 32;        // k of one matrix instruction
@@ -51,11 +54,23 @@ __device__ __forceinline__ float4 tokens_of(const float* values, int block, int 
     return *reinterpret_cast<const float4*>(values + 16 * block + (lane & 3) * 4);
 }
 
+// Scales of so many of a tile's sixteens of tokens wait in registers while the matrix unit works; where there is no room, the
+// others are read when they are wanted.
+#ifdef QDIT_HOPPER
+constexpr bool kHopper = true;
+constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 240;
+constexpr int kSpare = kConsumerRegisters - kTokens / 2 * (2 + QDIT_PIPELINED) - (kFourBits ? 24 : 0) - 32;
+constexpr int kEarlyBlocks = kSpare < 0 ? 0 : kSpare / 4 < kTokens / 16 ? kSpare / 4 : kTokens / 16;
+#else
+constexpr bool kHopper = false;
+constexpr int kEarlyBlocks = kTokens / 16;
+#endif
+
 // A thread's own part of them, in registers: two channels, and two neighbouring tokens of every eight.
 struct OwnScales {
     float channel_scale[2] = {1.0f, 1.0f};
     float channel_zero[2], channel_sum[2];
-    float4 token_scale[kTokens / 16];
+    float4 token_scale[kEarlyBlocks > 0 ? kEarlyBlocks : 1];
 };
 
 // Integers as floats without the conversion instruction, which runs at an eighth of the rate of an addition: added
@@ -64,7 +79,7 @@ constexpr uint32 kShiftBits = 0x4B400000u;
 constexpr float kShift = 12582912.0f;
 // One promotion's sums stay below 2^22: 128 k of |x| <= 127 times |w| <= 128, or 16 · 8. Longer segments do not.
 constexpr bool kShiftFits = kSegmentPanels == 1;
-// Scales of at most 22 significant bits: 3 · 2^22 · scale is exact, and the shift goes with the first product.
+// Scales of at most 11 significant bits, as float16 has: the constant times the scale is exact, and goes with the first product.
 constexpr bool kShiftScales = kChannelScales && kShiftFits && QDIT_SHORT_SCALES && !kWeightZero && !kInputZero;
 
 __device__ __forceinline__ float shifted(int sum) { return __uint_as_float(static_cast<uint32>(sum) + kShiftBits); }
@@ -77,6 +92,18 @@ __device__ __forceinline__ float converted(int sum) {
     return fmaf(high, 256.0f, low);
 }
 
+// Where the matrix unit itself can start from a constant (kStarts), not even that addition is needed: a sum that is not negative
+// is, read as a float, a denormal number of 2^-149 times its value, and multiply-adds take those at full speed. The constant is
+// above any -sum; it has 13 significant bits where it is to be multiplied by scales of 11, which costs some of its range
+// (`PackedWeight.heavy` says what is left out).
+constexpr bool kStarts = kHopper && QDIT_STARTS && kPromotes && kShiftFits;
+constexpr int kStart = kShiftScales ? 31 * 255 * 255 + 241 * 241 : 32 * 255 * 255;
+// 2^111, so that any float16 scale times it is finite; accumulators are then 2^-38 of what they mean until the end.
+constexpr float kRaise = 0x1p111f;
+constexpr float kLower = 0x1p-38f;
+constexpr float kScaleUnit = kStarts && kShiftScales ? kRaise : 1.0f;
+constexpr float kSumUnit = kStarts ? kLower : 1.0f;
+
 // Half of the sums by each way: the two run in different units.
 __device__ __forceinline__ void convert_all(float (&acc)[kAccumulators], const int (&d)[kAccumulators]) {
 #pragma unroll
@@ -86,38 +113,49 @@ __device__ __forceinline__ void convert_all(float (&acc)[kAccumulators], const i
 __device__ __forceinline__ void load_channels(OwnScales& own, const Scales& scales, int channel) {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        if constexpr (kChannelScales) own.channel_scale[row] = scales.channel_scale[channel + 8 * row] / kUnit;
-        if constexpr (kWeightZero) own.channel_zero[row] = scales.channel_zero[channel + 8 * row] * kUnit;
-        if constexpr (kInputZero) own.channel_sum[row] = scales.channel_sum[channel + 8 * row] * kUnit;
+        if constexpr (kChannelScales) own.channel_scale[row] = scales.channel_scale[channel + 8 * row] * (kScaleUnit / kUnit);
+        if constexpr (kWeightZero) own.channel_zero[row] = scales.channel_zero[channel + 8 * row] * (kUnit * kSumUnit);
+        if constexpr (kInputZero) own.channel_sum[row] = scales.channel_sum[channel + 8 * row] * (kUnit * kSumUnit);
     }
 }
 
 __device__ __forceinline__ void load_tokens(OwnScales& own, const Scales& scales, int lane) {
     if constexpr (kTokenScales) {
 #pragma unroll
-        for (int block = 0; block < kTokens / 16; ++block) own.token_scale[block] = tokens_of(scales.token_scale, block, lane);
+        for (int block = 0; block < kEarlyBlocks; ++block) own.token_scale[block] = tokens_of(scales.token_scale, block, lane);
     }
 }
 
-// acc += scale · (integer sum, corrected for zero points), for one warp's 16 channels × kTokens.
-__device__ __forceinline__ void promote(
+// acc += scale · (integer sum, corrected for zero points), for one warp's 16 channels × kTokens. Returns bits of every scale that
+// was loaded for it: who waits for them knows that the loads are done.
+__device__ __forceinline__ uint32 promote(
     float (&acc)[kAccumulators], const int (&d)[kAccumulators], const OwnScales& own, const Scales& scales,
     int lane) {
-    const float offset[2] = {-kShift * own.channel_scale[0], -kShift * own.channel_scale[1]};
+    const float shift = kStarts ? __int_as_float(kStart) : kShift;
+    uint32 seen = __float_as_uint(own.channel_scale[0]) ^ __float_as_uint(own.channel_scale[1]);
+    if constexpr (kWeightZero) seen ^= __float_as_uint(own.channel_zero[0]) ^ __float_as_uint(own.channel_zero[1]);
+    if constexpr (kInputZero) seen ^= __float_as_uint(own.channel_sum[0]) ^ __float_as_uint(own.channel_sum[1]);
+    const float offset[2] = {-shift * own.channel_scale[0], -shift * own.channel_scale[1]};
 #pragma unroll
     for (int block = 0; block < kTokens / 16; ++block) {
         float token_scale[4] = {}, token_sum[4] = {}, token_zero[4] = {};
-        if constexpr (kTokenScales) take(token_scale, own.token_scale[block]);
+        if constexpr (kTokenScales)
+            take(token_scale, block < kEarlyBlocks ? own.token_scale[block] : tokens_of(scales.token_scale, block, lane));
         if constexpr (kWeightZero) take(token_sum, tokens_of(scales.token_sum, block, lane));
         if constexpr (kInputZero) take(token_zero, tokens_of(scales.token_zero, block, lane));
+        seen ^= __float_as_uint(token_scale[0]) ^ __float_as_uint(token_sum[0]) ^ __float_as_uint(token_zero[0]);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int row = i >> 1 & 1, token = (i >> 2) * 2 + (i & 1), at = 8 * block + i;
             float t;
             if constexpr (kShiftScales) {
-                t = fmaf(shifted(d[at]), own.channel_scale[row], offset[row]);
+                t = fmaf(kStarts ? __int_as_float(d[at]) : shifted(d[at]), own.channel_scale[row], offset[row]);
             } else {
-                t = kShiftFits ? shifted(d[at]) - kShift : converted(d[at]);
+                if constexpr (kStarts) {
+                    t = fmaf(__int_as_float(d[at]), kRaise, -kStart * kLower);
+                } else {
+                    t = kShiftFits ? shifted(d[at]) - kShift : converted(d[at]);
+                }
                 if constexpr (kWeightZero) t = fmaf(-own.channel_zero[row], token_sum[token], t);
                 if constexpr (kInputZero) t = fmaf(-own.channel_sum[row], token_zero[token], t);
                 if constexpr (kChannelScales && kTokenScales) t *= own.channel_scale[row];
@@ -131,6 +169,7 @@ __device__ __forceinline__ void promote(
             }
         }
     }
+    return seen;
 }
 
 // One matrix step's register operand: four int8 each of channels lane / 4 and lane / 4 + 8.
@@ -172,11 +211,11 @@ struct Output {
 __device__ __forceinline__ void finish(
     float (&acc)[kAccumulators], const Output& output, int token0, int channel0, int warp, int lane) {
     const int channel = channel0 + warp * 16 + (lane >> 2);
-    float scale_low = 1.0f, scale_high = 1.0f, bias_low = 0.0f, bias_high = 0.0f;
+    float scale_low = 1.0f / kSumUnit, scale_high = 1.0f / kSumUnit, bias_low = 0.0f, bias_high = 0.0f;
     const bool has_low = channel < output.channels, has_high = channel + 8 < output.channels;
     if constexpr (!kChannelScales) {
-        if (has_low) scale_low = output.channel_scale[channel] / kUnit;
-        if (has_high) scale_high = output.channel_scale[channel + 8] / kUnit;
+        if (has_low) scale_low = output.channel_scale[channel] / (kUnit * kSumUnit);
+        if (has_high) scale_high = output.channel_scale[channel + 8] / (kUnit * kSumUnit);
     }
     if (output.bias) {
         if (has_low) bias_low = widen(output.bias[channel]);
@@ -192,7 +231,12 @@ __device__ __forceinline__ void finish(
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int at = 8 * block + i, token = (i >> 2) * 2 + (i & 1);
-            acc[at] = fmaf(acc[at] * (i & 2 ? scale_high : scale_low), scale[token], i & 2 ? bias_high : bias_low);
+            const float by_channel = i & 2 ? scale_high : scale_low, bias = i & 2 ? bias_high : bias_low;
+            if constexpr (kTokenScales && kChannelScales) {
+                acc[at] = fmaf(acc[at], by_channel, bias);  // a power of two
+            } else {
+                acc[at] = fmaf(acc[at] * by_channel, scale[token], bias);
+            }
         }
     }
 }
@@ -207,34 +251,40 @@ __device__ __forceinline__ uint32 gated(uint32 residual, uint32 gate, uint32 val
 __device__ __forceinline__ void store_tile(
     const uint8* staging, const Output& output, int token0, int channel0, int thread) {
     constexpr int kPasses = kTokens * 8 / 128;
+    constexpr int kAtOnce = 4;  // values and residuals on their way before the first one is used
     const int chunk = thread & 7, channel = channel0 + chunk * 8;
-    if (channel >= output.channels) return;
+    const int tokens = channel < output.channels ? output.tokens : 0;
     const auto token_of = [&](int pass) { return token0 + (thread >> 3) + 16 * pass; };
     const auto place_of = [&](int pass) { return static_cast<long long>(token_of(pass)) * output.channels + channel; };
+#pragma unroll
+    for (int first = 0; first < kPasses; first += kAtOnce) {
+        uint4 value[kAtOnce];
 #if QDIT_GATED
-    constexpr int kAtOnce = 4;  // residuals on their way before the first one is used
-    uint4 residual[kAtOnce];
+        uint4 residual[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i)
+            if (first + i < kPasses && token_of(first + i) < tokens)
+                residual[i] = *reinterpret_cast<const uint4*>(output.residual + place_of(first + i));
 #endif
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-#if QDIT_GATED
-        if (pass % kAtOnce == 0) {
+        for (int i = 0; i < kAtOnce; ++i)
+            if (first + i < kPasses)
+                value[i] = *reinterpret_cast<const uint4*>(
+                    staging + ((thread >> 3) + 16 * (first + i)) * kStagingRow + chunk * 16);
+        __syncwarp();  // or each value would be read just before it is written, and wait
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i)
-                if (pass + i < kPasses && token_of(pass + i) < output.tokens)
-                    residual[i] = *reinterpret_cast<const uint4*>(output.residual + place_of(pass + i));
+        for (int i = 0; i < kAtOnce; ++i) {
+            if (first + i >= kPasses) break;
+            const int token = token_of(first + i);
+            if (token >= tokens) break;
+#if QDIT_GATED
+            const uint4 old = residual[i], own = value[i];
+            const uint4 gate = *reinterpret_cast<const uint4*>(
+                output.gate + static_cast<long long>(token / output.image_tokens) * output.gate_stride + channel);
+            value[i] = {gated(old.x, gate.x, own.x), gated(old.y, gate.y, own.y), gated(old.z, gate.z, own.z),
+                        gated(old.w, gate.w, own.w)};
+#endif
+            *reinterpret_cast<uint4*>(output.out + place_of(first + i)) = value[i];
         }
-#endif
-        const int token = token_of(pass);
-        if (token >= output.tokens) break;
-        uint4 value = *reinterpret_cast<const uint4*>(staging + (token - token0) * kStagingRow + chunk * 16);
-#if QDIT_GATED
-        const uint4 old = residual[pass % kAtOnce];
-        const uint4 gate = *reinterpret_cast<const uint4*>(
-            output.gate + static_cast<long long>(token / output.image_tokens) * output.gate_stride + channel);
-        value = {gated(old.x, gate.x, value.x), gated(old.y, gate.y, value.y), gated(old.z, gate.z, value.z),
-                 gated(old.w, gate.w, value.w)};
-#endif
-        *reinterpret_cast<uint4*>(output.out + place_of(pass)) = value;
     }
 }

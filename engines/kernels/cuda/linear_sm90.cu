@@ -4,8 +4,9 @@
 // Every operand lies in device memory as it will lie in shared memory, so that no tensor map is needed
 // (a TensorRT plugin could not pass one): activations [K/128, rows, 128], 8-bit weights likewise,
 // 4-bit weights [K/128, N/64, 4096 bytes] in the order of the register operand (layouts.py).
+#define QDIT_HOPPER 1
 #include "linear.cuh"
-#include "wgmma.cuh"  // generated for QDIT_TILE_TOKENS: wgmma_shared, wgmma_registers
+#include "wgmma.cuh"  // generated for QDIT_TILE_TOKENS: wgmma_shared, wgmma_registers, wgmma_start
 
 constexpr int kStages = QDIT_STAGES;
 // Warpgroups use the matrix unit in turn, so that one promotes while another one multiplies. Left to themselves they
@@ -15,8 +16,6 @@ constexpr int kTurns = QDIT_TURNS;
 constexpr bool kInTurn = kTurns > 0;
 // A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
-// Scales wait in registers while the matrix unit works, where there are registers for them.
-constexpr bool kEarlyScales = kTokens <= (kWarpgroups == 3 ? 96 : 160);
 constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
 constexpr int kInputBytes = kTokens * kPanel;
 constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
@@ -36,19 +35,28 @@ constexpr int kChannelArrays = kChannelScales + kWeightZero + kInputZero;
 constexpr int kCopyingWarps = 2 + (kTokenArrays > 0) + (kChannelArrays > 0);
 constexpr int kScalesAt = kStages * (kWeightBytes + kInputBytes);
 constexpr int kStagingAt = kScalesAt + (kStages * kScaleBytes + 127) / 128 * 128;
-constexpr int kBarriersAt = kStagingAt + kWarpgroups * kStagingBytes;
+constexpr int kPartsAt = kStagingAt + kColumns * kStagingBytes;  // sums of the parts that are added to the first one's
+constexpr int kPartBytes = kAccumulators * 128 * 4;
+constexpr int kStartAt = kPartsAt + (kWarpgroups - kColumns) * kPartBytes;
+constexpr int kStartBytes = kStarts ? 256 : 0;
+constexpr int kBarriersAt = kStartAt + kStartBytes;
 static_assert(kBarriersAt + 2 * kStages * 8 <= QDIT_SHARED_BYTES);
 constexpr int kThreads = 128 * (kWarpgroups + 1);
-constexpr int kConsumerRegisters = kWarpgroups == 2 ? 232 : kWarpgroups == 3 ? 160 : 240;
 constexpr int kProducerRegisters = kWarpgroups == 2 ? 40 : kWarpgroups == 3 ? 32 : 24;
-// Named barriers: 1 … a warpgroup's own, then its turn.
+// Named barriers: 1 … a warpgroup's own, then its turn, or two for the parts of each column's sums.
 constexpr int kTurnBarrier = 1 + kWarpgroups;
+static_assert(kSplits == 1 || (!kInTurn && !kPipelined && kStages >= 2 * kSplits && (!kPromotes || kSegments * kSegmentPanels == 1)));
 
 struct Place {
     int stage = 0;
     uint32 phase = 0;
     __device__ __forceinline__ void next() {
         if (++stage == kStages) stage = 0, phase ^= 1;
+    }
+
+    __device__ __forceinline__ void skip(int panels) {
+        stage += panels;
+        if (stage >= kStages) stage -= kStages, phase ^= 1;
     }
 };
 
@@ -268,15 +276,27 @@ __device__ __forceinline__ void settle(uint32 (&a)[4][4]) {
         asm volatile("" : "+r"(a[step][0]), "+r"(a[step][1]), "+r"(a[step][2]), "+r"(a[step][3]));
 }
 
+// The operand, 256 bytes, whose product with itself sets all sums to kStart: 32 k of 255, one of which is 241 where the constant
+// is to have 13 bits. Eight rows of 16 k, then eight of the other 16.
+__device__ __forceinline__ void write_start(uint8* shared, int thread) {
+    if constexpr (kStarts) {
+        const bool last = thread < 32 && (thread & 3) == 3;  // k = 12 … 15
+        if (thread < 64)
+            reinterpret_cast<uint32*>(shared + kStartAt)[thread] = kShiftScales && last ? 0xF1FFFFFFu : 0xFFFFFFFFu;
+        fence_shared();
+    }
+}
+
 // Matrix instructions From … To - 1 of one panel into d; the first one starts anew unless `accumulate`.
 // Descriptors count 16 bytes: a step of 32 bytes further on is 2 more.
 template <int From, int To>
 __device__ __forceinline__ void multiply(
-    int (&d)[kAccumulators], uint32 weights, uint32 inputs, const uint32 (&a)[4][4], bool accumulate) {
+    int (&d)[kAccumulators], uint32 start, uint32 weights, uint32 inputs, const uint32 (&a)[4][4], bool accumulate) {
     wgmma_fence();
+    if constexpr (kStarts) wgmma_start(d, start, start, 0);
 #pragma unroll
     for (int step = From; step < To; ++step) {
-        const int keep = step > From || accumulate;
+        const int keep = kStarts || step > From || accumulate;
         if constexpr (kFourBits) {
             wgmma_registers(d, a[step], inputs + 2 * step, keep);
         } else {
@@ -331,9 +351,15 @@ __device__ __forceinline__ void unpack_panel(uint32 (&a)[4][4], const PackedPane
 // This warp has read all it needs of a stage. Its loads may still be on their way, and the copy engine would overtake them: without
 // the fence, a panel in some million was promoted by the scales of the one that is copied there next.
 __device__ __forceinline__ void release(uint32 empty, int lane) {
-    if constexpr (kPromotes || kFourBits) fence_loads();
+    if constexpr (kPromotes) fence_loads();
     __syncwarp();
     if (lane == 0) barrier_arrive(empty);
+}
+
+// The same without a fence, where `seen` depends on all that was loaded from the stage.
+__device__ __forceinline__ void release_after(uint32 empty, int lane, uint32 seen) {
+    __syncwarp();
+    barrier_arrive_after(empty, lane, seen);
 }
 
 // The transposed tile into rows of tokens.
@@ -357,9 +383,13 @@ struct Consumer {
     uint32 weights;    // lower words of the first stage's descriptors
     uint32 inputs;
     int warpgroup;
+    int column;        // whose channels it has
+    int part;          // of the panels, every kSplits-th from here on
+    int panels;        // of a tile
     int thread;        // of the warpgroup
     int lane;
     int row;           // this thread's lower channel in the tile
+    uint32 start;      // likewise, of what sums start from
 
     __device__ __forceinline__ const uint8* scales(const Place& place) const {
         return shared + kScalesAt + place.stage * kScaleBytes;
@@ -371,7 +401,7 @@ struct Consumer {
 
     __device__ __forceinline__ void load(PackedPanel& packed, const Place& place) const {
         if constexpr (kFourBits)
-            load_panel(packed, shared + place.stage * (kWeightBytes + kInputBytes) + warpgroup * 4096,
+            load_panel(packed, shared + place.stage * (kWeightBytes + kInputBytes) + column * 4096,
                        multipliers_at(scales(place), 0), thread, row);
     }
 
@@ -380,6 +410,21 @@ struct Consumer {
             unpack_panel(a, packed);
             settle(a);
         }
+    }
+
+    __device__ __forceinline__ int count() const {
+        return kSplits == 1 ? panels : (panels - part + kSplits - 1) / kSplits;
+    }
+
+    // The place of this warpgroup's next panel: of this tile or, after its `last` one, of the next.
+    __device__ __forceinline__ Place after(const Place& place, bool last) const {
+        Place next = place;
+        if constexpr (kSplits == 1) {
+            next.next();
+        } else {
+            next.skip(last ? panels - (count() - 1) * kSplits : kSplits);
+        }
+        return next;
     }
 
     // At once, where nothing else can be done meanwhile.
@@ -393,7 +438,7 @@ struct Consumer {
     __device__ __forceinline__ void issue(
         int (&d)[kAccumulators], const uint32 (&a)[4][4], const Place& place, bool accumulate) const {
         take_turn(warpgroup);
-        multiply<From, To>(d, weights + offset(place), inputs + offset(place), a, accumulate);
+        multiply<From, To>(d, start, weights + offset(place), inputs + offset(place), a, accumulate);
         if constexpr (kTurns == 2) wgmma_wait<1>();
         pass_turn(warpgroup);
     }
@@ -401,6 +446,10 @@ struct Consumer {
     __device__ __forceinline__ void wait(const Place& place) const { barrier_wait(full + place.stage * 8, place.phase); }
 
     __device__ __forceinline__ void done(const Place& place) const { release(empty + place.stage * 8, lane); }
+
+    __device__ __forceinline__ void done_after(const Place& place, uint32 seen) const {
+        release_after(empty + place.stage * 8, lane, seen);
+    }
 };
 
 // One segment's scales: in registers from the start, or token by token where there is no room.
@@ -410,19 +459,13 @@ struct Segment {
 
     __device__ __forceinline__ void load(const Consumer& consumer, const Place& place, int part) {
         scales = scales_at(consumer.scales(place), part);
-        if constexpr (kEarlyScales) {
-            load_channels(own, scales, consumer.row);
-            load_tokens(own, scales, consumer.lane);
-        }
+        load_channels(own, scales, consumer.row);
+        load_tokens(own, scales, consumer.lane);
     }
 
-    __device__ __forceinline__ void promote_into(
+    __device__ __forceinline__ uint32 promote_into(
         float (&acc)[kAccumulators], const int (&d)[kAccumulators], const Consumer& consumer) {
-        if constexpr (!kEarlyScales) {
-            load_channels(own, scales, consumer.row);
-            load_tokens(own, scales, consumer.lane);
-        }
-        promote(acc, d, own, scales, consumer.lane);
+        return promote(acc, d, own, scales, consumer.lane);
     }
 };
 
@@ -451,7 +494,7 @@ constexpr bool kOperandsAhead = !kFourBits || kWarpgroups < 3;
 
 // A tile's integer sums over all panels where no scale changes along k.
 __device__ __forceinline__ void accumulate_plain(
-    int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    int (&d)[kAccumulators], const Consumer& own, Place& place) {
     PackedPanel packed;
     uint32 a[1 + kOperandsAhead][4][4];
     const auto fetch = [&](const Place& at) {
@@ -463,8 +506,7 @@ __device__ __forceinline__ void accumulate_plain(
         own.issue<0, 4>(d, operand, at, goes_on);
     };
     const auto follow = [&](uint32(&operand)[4][4]) {
-        Place next = place;
-        next.next();
+        const Place next = own.after(place, false);
         fetch(next);
         if constexpr (kOperandsAhead) {
             begin(operand, next, true);
@@ -478,7 +520,7 @@ __device__ __forceinline__ void accumulate_plain(
     };
     fetch(place);
     begin(a[0], place, false);
-    int left = panels - 1;
+    int left = own.count() - 1;
     for (; left > 1; left -= 2) {
         follow(a[kOperandsAhead]);
         follow(a[0]);
@@ -486,10 +528,45 @@ __device__ __forceinline__ void accumulate_plain(
     if (left > 0) follow(a[kOperandsAhead]);
     wgmma_wait<0>();
     own.done(place);
-    place.next();
+    place = own.after(place, true);
 }
 
-// A tile's sums over all panels, promoted where scales change along k.
+// One segment a panel, and one panel in flight: each panel's instructions are given as soon as the last one's sums are promoted.
+constexpr bool kOneAhead = kPromotes && !kPipelined && kSegments == 1 && kSegmentPanels == 1;
+
+__device__ __forceinline__ void begin_panel(
+    int (&d)[kAccumulators], uint32 (&a)[4][4], const Consumer& own, const Place& place) {
+    own.wait(place);
+    own.unpack(a, place);
+    own.issue<0, 4>(d, a, place, false);
+}
+
+// A tile's sums over all panels. Its first panel has begun, and the next tile's first one has in the end, where one `follows`:
+// the matrix unit works on it while this tile is written. Where none does, the instructions are given all the same, on whatever
+// is there: on a condition, the assembler would wait for them at once.
+__device__ __forceinline__ void accumulate_one_ahead(
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], uint32 (&a)[4][4], const Consumer& own, Place& place,
+    bool follows) {
+    // counted down: a bound would be loaded again in every round, between the first matrix instruction and the others
+    int left = own.count();
+    do {
+        const bool more = left > 1 || follows;
+        const Place next = own.after(place, left == 1);
+        Segment segment;
+        segment.load(own, place, 0);
+        if (more) own.wait(next);
+        wgmma_wait<0>();
+        PackedPanel packed;
+        own.load(packed, next);
+        const uint32 seen = segment.promote_into(acc, d, own);
+        own.unpack(a, packed);
+        own.issue<0, 4>(d, a, next, false);
+        own.done_after(place, seen);
+        place = next;
+    } while (--left > 0);
+}
+
+// A tile's sums over all panels where scales change within a panel, or after several.
 __device__ __forceinline__ void accumulate(
     float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
     PackedPanel packed;
@@ -538,8 +615,7 @@ __device__ __forceinline__ void accumulate_pipelined(
         ahead.next();
     };
     const auto retire = [&](Segment& segment, const int(&from)[kAccumulators]) {
-        segment.promote_into(acc, from, own);
-        own.done(place);
+        own.done_after(place, segment.promote_into(acc, from, own));
         place.next();
     };
     const auto both = [&](int(&to)[kAccumulators], uint32(&operand)[4][4], const int(&from)[kAccumulators]) {
@@ -569,6 +645,29 @@ __device__ __forceinline__ void accumulate_pipelined(
     }
 }
 
+// All parts' sums into the first one's registers, by shared memory. Returns whether this warpgroup has them.
+template <typename Sum>
+__device__ __forceinline__ bool gather(Sum (&sums)[kAccumulators], const Consumer& own) {
+    if constexpr (kSplits > 1) {
+        const int free = kTurnBarrier + 2 * own.column, filled = free + 1;
+        Sum* parts = reinterpret_cast<Sum*>(own.shared + kPartsAt + own.column * (kSplits - 1) * kPartBytes) + own.thread;
+        if (own.part > 0) {
+            barrier_sync(free, 128 * kSplits);
+#pragma unroll
+            for (int i = 0; i < kAccumulators; ++i) parts[((own.part - 1) * kAccumulators + i) * 128] = sums[i];
+            barrier_join(filled, 128 * kSplits);
+            return false;
+        }
+        barrier_sync(filled, 128 * kSplits);
+#pragma unroll
+        for (int part = 0; part < kSplits - 1; ++part)
+#pragma unroll
+            for (int i = 0; i < kAccumulators; ++i) sums[i] += parts[(part * kAccumulators + i) * 128];
+        barrier_join(free, 128 * kSplits);
+    }
+    return true;
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const uint8* x, const float* token_scale, const float* token_sum, const float* token_zero, const uint8* w,
     const float* channel_scale, const float* channel_zero, const float* channel_sum, const uint8* multiplier,
@@ -584,10 +683,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < kStages; ++stage) {
             barrier_init(full + stage * 8, kCopyingWarps);
-            barrier_init(empty + stage * 8, 4 * kWarpgroups);
+            barrier_init(empty + stage * 8, 4 * kColumns);
         }
         fence_barrier_init();
     }
+    write_start(shared, threadIdx.x);
     __syncthreads();
     launch_dependents();
 
@@ -599,19 +699,26 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     } else {
         raise_registers<kConsumerRegisters>();
         wait_for_last_kernel();
-        const int warp = thread / 32, lane = thread % 32;
-        const Consumer own{shared, full, empty, descriptor_low(base + warpgroup * 8192),
-                           descriptor_low(base + kWeightBytes), warpgroup, thread, lane,
-                           warpgroup * 64 + warp * 16 + lane / 4};
-        uint8* staging = shared + kStagingAt + warpgroup * kStagingBytes;
+        const int warp = thread / 32, lane = held(thread % 32);
+        const int column = warpgroup / kSplits, part = warpgroup % kSplits;
+        const Consumer own{shared, full, empty, descriptor_low(base + column * 8192),
+                           descriptor_low(base + kWeightBytes), warpgroup, column, part, panels, thread, lane,
+                           held(column * 64 + warp * 16 + lane / 4), start_descriptor_low(base + kStartAt)};
+        uint8* staging = shared + kStagingAt + column * kStagingBytes;
         const Output output{bias, token_scale, channel_scale, residual, gate, gate_stride, image_tokens,
                             tokens, channels, out};
         if (kInTurn && warpgroup + 1 == kWarpgroups) pass_turn(warpgroup);  // the first turn is warpgroup 0's
+        if (kSplits > 1 && part == 0) barrier_join(kTurnBarrier + 2 * column, 128 * kSplits);
         Place place;
+        place.skip(part);
         TilePlace at(blockIdx.x, gridDim.x, channel_tiles);
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, at.next()) {
+        int d[kAccumulators];
+        uint32 a[4][4];
+        if constexpr (kOneAhead) begin_panel(d, a, own, place);
+        int tile = blockIdx.x;
+        do {
             const int token0 = at.token * kTokens;
-            const int channel0 = at.channel * kChannels + warpgroup * 64;
+            const int channel0 = at.channel * kChannels + column * 64;
 #if QDIT_GATED
             for (int at = thread; at < kTokens; at += 128)
                 if (token0 + at < tokens && channel0 < channels)
@@ -622,22 +729,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
 #pragma unroll
                 for (int i = 0; i < kAccumulators; ++i) acc[i] = 0.0f;
             }
+            bool whole = true;  // whether this warpgroup has the tile's sums in the end
             if constexpr (kPipelined) {
                 accumulate_pipelined(acc, own, place, panels);
+            } else if constexpr (kOneAhead) {
+                accumulate_one_ahead(acc, d, a, own, place, tile + gridDim.x < tiles);
+                whole = gather(acc, own);
+            } else if constexpr (kPromotes) {
+                accumulate(acc, d, own, place, panels);
             } else {
-                int d[kAccumulators];
-                if constexpr (kPromotes) {
-                    accumulate(acc, d, own, place, panels);
-                } else {
-                    accumulate_plain(d, own, place, panels);
-                    convert_all(acc, d);
-                }
+                accumulate_plain(d, own, place);
+                whole = gather(d, own);
+                if (whole) convert_all(acc, d);
             }
-            finish(acc, output, token0, channel0, warp, lane);
-            barrier_sync(1 + warpgroup, 128);  // the last tile has been read from the staging rows
-            stage(staging, acc, warp, lane);
-            barrier_sync(1 + warpgroup, 128);
-            store_tile(staging, output, token0, channel0, thread);
-        }
+            if (whole) {
+                finish(acc, output, token0, channel0, warp, lane);
+                barrier_sync(1 + warpgroup, 128);  // the last tile has been read from the staging rows
+                stage(staging, acc, warp, lane);
+                barrier_sync(1 + warpgroup, 128);
+                store_tile(staging, output, token0, channel0, thread);
+            }
+            tile += gridDim.x, at.next();
+        } while (tile < tiles);
+        if constexpr (kOneAhead) wgmma_wait<0>();
     }
 }

@@ -28,6 +28,9 @@ __device__ __forceinline__ uint32 most_of_warp(uint32 value) {
     return most;
 }
 
+// A value that stays in its register: from the thread's number the assembler would make it again in every round, and wait for that.
+__device__ __forceinline__ int held(int value) { return __shfl_sync(0xFFFFFFFFu, value, threadIdx.x % 32); }
+
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 #if __CUDA_ARCH__ >= 900
@@ -40,6 +43,9 @@ __device__ __forceinline__ void fence_barrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// Makes this thread's stores to shared memory visible to the matrix unit.
+__device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // This thread's loads are done before what follows.
 __device__ __forceinline__ void fence_loads() { asm volatile("fence.acq_rel.cta;" ::: "memory"); }
@@ -59,6 +65,16 @@ __device__ __forceinline__ void barrier_wait(uint32 barrier, uint32 parity) {
         "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
         "@done bra DONE;\nbra RETRY;\nDONE:\n}" ::"r"(barrier),
         "r"(parity)
+        : "memory");
+}
+
+// The same by lane 0 alone, once `seen` is there: zero whatever it is, which the assembler does not find out.
+__device__ __forceinline__ void barrier_arrive_after(uint32 barrier, int lane, uint32 seen) {
+    asm volatile(
+        "{\n.reg .pred first;\n.reg .u32 nothing;\npopc.b32 nothing, %2;\nshr.u32 nothing, nothing, 6;\n"
+        "add.u32 nothing, nothing, %0;\nsetp.eq.u32 first, %1, 0;\n"
+        "@first mbarrier.arrive.shared::cta.b64 _, [nothing];\n}" ::"r"(barrier),
+        "r"(lane), "r"(seen)
         : "memory");
 }
 
@@ -116,6 +132,12 @@ __device__ __forceinline__ void lower_registers() {
 constexpr uint32 kDescriptorHigh = 1u << 30 | 1024 >> 4;
 
 __device__ __forceinline__ uint32 descriptor_low(uint32 address) { return 1u << 16 | (address & 0x3FFFF) >> 4; }
+
+// The same of an operand whose rows are all alike, without a swizzle: 128 bytes of eight rows for the first 16 k, 128 for the
+// other 16, and every eight rows at the same place.
+constexpr uint32 kStartHigh = 0;
+
+__device__ __forceinline__ uint32 start_descriptor_low(uint32 address) { return (128u >> 4) << 16 | (address & 0x3FFFF) >> 4; }
 
 __device__ __forceinline__ void store_matrix_x4_transposed(uint32 address, const uint32 (&r)[4]) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(

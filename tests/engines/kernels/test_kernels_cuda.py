@@ -236,10 +236,46 @@ def test_every_tile_gives_one_result(name: str) -> None:
     tiles = list(candidates(problem.kind, gpu(0)))
     chosen = tiles[:: max(1, len(tiles) // 12)]
     chosen.append(Tile(96, 2, 4, pipelined=True))
+    chosen += [replace(tile, starts=True) for tile in chosen]
     fitting = [tile for tile in chosen if tile_problem(problem.kind, tile, gpu(0)) is None]
     assert len(fitting) >= 12
     for tile in fitting:
         assert torch.equal(run(problem, tile), first), tile
+
+
+@pytest.mark.parametrize("name", ["w4 g128", "w8 g128", "w8 token", "w4 g128 integer token"])
+@pytest.mark.parametrize("width", [128, 256, 1152, 4608])
+@pytest.mark.parametrize("splits", [2, 3])
+def test_warpgroups_that_share_panels(name: str, width: int, splits: int) -> None:
+    """Fewer panels than parts, as many, and a number that the parts do not divide."""
+    problem = make_problem(SCHEMES[name], 1037, width, 456)
+    whole = run(problem, Tile(64, 1, 6))
+    plain = Tile(64, splits, 6, splits=splits)
+    for tile in (plain, replace(plain, tokens=32, stages=7, starts=True)):
+        refused = tile_problem(problem.kind, tile, gpu(0))
+        if refused is not None:
+            assert splits * 128 > width or (tile.starts and not name.endswith("g128")), refused
+            continue
+        y = run(problem, tile)
+        assert_right(problem, y)
+        if problem.kind.activation_group is None:
+            assert torch.equal(y, whole)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("heavy", [False, True])
+@pytest.mark.parametrize("starts", [False, True])
+def test_sums_as_large_as_they_can_be(bits: int, heavy: bool, starts: bool) -> None:
+    """All weights of a group one integer: the most negative, the one above, the most positive."""
+    scheme = LayerScheme(bits, 8, 128, 128)
+    problem = make_problem(scheme, 32, 384, 128)
+    problem.x[:16] = 1.0
+    problem.x[16:] = -1.0
+    problem.weight.values[:64] = -(1 << (bits - 1)) + (not heavy)
+    problem.weight.values[64:] = (1 << (bits - 1)) - 1
+    packed = pack_weight([problem.weight], scheme, problem.kind)
+    assert packed.heavy == heavy
+    assert_right(problem, run(problem, Tile(64, 2, 4, starts=starts)))
 
 
 @pytest.mark.parametrize("tile", [Tile(112, 3, 3), Tile(112, 2, 6, pipelined=True)])

@@ -94,6 +94,11 @@ def test_shared_memory_worked_out() -> None:
     expected = 4 * stage + 4 * scales + 2 * 64 * 144 + 4 * 16
     assert linear_shared_bytes(kind, Tile(64), hopper=True) == expected
     assert linear_shared_bytes(kind, Tile(64), hopper=False) == 4 * (stage + scales)
+    assert linear_shared_bytes(kind, Tile(64, starts=True), hopper=True) == expected + 256
+    # two warpgroups share 64 channels: half the weights, one staging, one's sums of 4 bytes
+    stage, scales = 64 * 64 + 64 * 128, (64 + 64) * 4
+    shared = 4 * stage + 4 * scales + 64 * 144 + 64 * 64 * 4 + 4 * 16
+    assert linear_shared_bytes(kind, Tile(64, splits=2), hopper=True) == shared
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,12 @@ def test_shared_memory_worked_out() -> None:
         ("w8 channel token", Tile(64, turns=1), Limits(), "that promote along k"),
         ("w8 g96", Tile(64, pipelined=True), Limits(), "not every 32"),
         ("w8 g128", Tile(64, turns=2, pipelined=True), Limits(), "wait for its turn's end"),
+        ("w8 channel token", Tile(64, starts=True), Limits(), "start from a constant on Hopper"),
+        ("w8 g128", Tile(64, starts=True), Limits(hopper=False), "start from a constant on Hopper"),
+        ("w8 g128", Tile(64, splits=2), Limits(hopper=False), "panels are shared on Hopper"),
+        ("w8 g96", Tile(64, splits=2), Limits(), "panels are shared on Hopper"),
+        ("w8 g128", Tile(64, turns=1, splits=2), Limits(), "without turns or pipelining"),
+        ("w8 g128", Tile(64, 3, 5, splits=3), Limits(), "two stages for each part"),
         ("w8 channel token", Tile(224, 3, 3), Limits(), "than a block starts with"),
         ("w8 g128", Tile(224), Limits(), "registers a thread"),
         ("w8 g128", Tile(128, 2, 8), Limits(), "bytes of shared memory"),
@@ -115,6 +126,18 @@ def test_a_tile_that_does_not_fit_says_why(
     problem = tile_problem(LinearKind.of(SCHEMES[name], 1152), tile, limits)
     assert problem is not None
     assert match in problem
+
+
+def test_panels_are_not_shared_by_more_parts_than_there_are() -> None:
+    kind = LinearKind.of(SCHEMES["w8 g128"], 256)
+    assert tile_problem(kind, Tile(64, 2, 6, splits=2), Limits()) is None
+    problem = tile_problem(kind, Tile(64, 3, 6, splits=3), Limits())
+    assert problem == "2 panels of 128 k are too few for 3 parts"
+
+
+def test_splits_divide_the_warpgroups() -> None:
+    with pytest.raises(InputError, match="must divide its 3 warpgroups, got 2"):
+        Tile(64, 3, splits=2)
 
 
 @pytest.mark.parametrize("tokens", [0, 8, 24, 272])
