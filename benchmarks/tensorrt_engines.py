@@ -26,9 +26,10 @@ that a GPU has):
         python3.10 benchmarks/tensorrt_engines.py profile KIT --models demo --batch 16
 
 Other ways to build (`tensorrt_variants.py`), one or more at a time, each in a folder of its own:
-`--surroundings free` leaves it to TensorRT what runs around INT8 products, `fp16` has them in FP16;
-`--no-dynamic-shapes`, `--conv`, `--precision-constraints obey`, `--no-fp16`, `--level 1` … `5` were
-to find INT8 kernels outside Myelin. `--kinds tensorrt-int8` leaves the FP16 engine out.
+`--surroundings free` leaves it to TensorRT what runs around INT8 products, `attention` has
+attention in FP16 and the timestep in FP32; `--no-dynamic-shapes`, `--conv`,
+`--precision-constraints obey`, `--no-fp16`, `--level 1` … `5` were to find INT8 kernels outside
+Myelin. `--kinds tensorrt-int8` leaves the FP16 engine out.
 
 TensorRT 8.6 without cuBLAS and cuDNN (nothing uses them, `libnvinfer_plugin.so.8` binds them):
 

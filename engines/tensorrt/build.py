@@ -61,7 +61,7 @@ def build_engine(
     if not features.strongly_typed:
         told = tell_precisions(trt, network, settings.surroundings)
         if told.half:
-            progress.say(f"TensorRT: {told.half} layers around quantized products are to be FP16")
+            progress.say(f"TensorRT: {told.half} layers of attention are to be FP16")
     monitor = make_monitor(trt, progress)
     config = _configure(trt, builder, network, settings, features, monitor, timing_cache)
     progress.say(f"building {onnx_path.stem} with TensorRT {trt.__version__}")

@@ -1,7 +1,7 @@
 """The `trtexec` and `polygraphy` command lines that build the same engine.
 
 But for one thing: on 8.6 they tell no layer its precision (`surroundings.py`), which would take
-hundreds of names on the line. Their INT8 engines are those of `surroundings` 'free'.
+dozens of names on the line. Their INT8 engines are those of `surroundings` 'free'.
 """
 
 from __future__ import annotations

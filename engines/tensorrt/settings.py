@@ -10,11 +10,9 @@ from ...export.tensorrt.versions import Features
 
 MOST_LEVEL = 5  # of `builder_optimization_level`
 
-FP16_SURROUNDINGS, FREE_SURROUNDINGS = "fp16", "free"
-SURROUNDINGS = (FP16_SURROUNDINGS, FREE_SURROUNDINGS)
-# Told 'fp16', 8.6.0 finds no implementation of its Myelin region (docs/tensorrt.md), so that is for
-# finding out what it takes. Engines of another choice are built again.
-DEFAULT_SURROUNDINGS = FREE_SURROUNDINGS
+ATTENTION_SURROUNDINGS, FREE_SURROUNDINGS = "attention", "free"
+SURROUNDINGS = (ATTENTION_SURROUNDINGS, FREE_SURROUNDINGS)
+DEFAULT_SURROUNDINGS = ATTENTION_SURROUNDINGS  # engines of another choice are built again
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,9 @@ class BuildSettings:
     * `weight_streaming`: weights may stay on the host (from 10.0);
     * `refit`: weights may be replaced later;
     * `allow_fallback`: a quantized linear may run in FP16 or FP32;
-    * `surroundings`: what TensorRT 8.x computes in around Q/DQ nodes, 'fp16' or what it chooses
-      itself ('free'). Networks of TensorRT 10 on are strongly typed: there it means nothing.
+    * `surroundings`: what TensorRT 8.x computes in around Q/DQ nodes: attention in FP16 and the
+      timestep in FP32 ('attention'), or what it chooses itself ('free'). Networks of TensorRT 10
+      on are strongly typed: there it means nothing.
 
     Raises `InputError` for numbers out of range.
     """

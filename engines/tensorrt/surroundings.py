@@ -1,28 +1,18 @@
 """Precisions of the floats in a weakly typed network (TensorRT 8.6), where TensorRT would choose.
 
 Left to itself, 8.6 takes FP32 for everything around the integer products of a network with Q/DQ,
-though FP16 is allowed: attention then runs on CUDA cores, and the engine at half the speed of an
-FP16 one (docs/tensorrt.md). With 'fp16' the layers that compute floats are told to be FP16; all of
-them are more than 8.6.0 has an implementation for, so that this is not the default.
+though FP16 is allowed: attention then runs on CUDA cores. And it takes FP16 for a timestep in some
+builds, where 999 · frequency has an error of up to 0.25 as a half, in radians (docs/tensorrt.md).
+What layers are told:
 
-One place is told to be FP32, but in a network with Q/DQ that is left free: what follows from a
-timestep before the first product. There 8.6 may take FP16, and 999 · frequency has an error of up
-to 0.25 as a half, in radians; which of both it took changed from build to build, and DiT-XL/2's
-error at t = 900 between 0.0025 and 0.025.
+1. A product of two computed values, neither a constant nor a dequantized one, and a softmax: FP16.
+   These are attention's; the products of linears have a weight on one side, and stay integer ones.
+2. What follows from a timestep before the first product: FP32.
+3. Their outputs get that type too, but for the network's own, which keep the file's, and those that
+   a QuantizeLayer reads: 8.6's bindings say that FP16 is not supported there.
+4. All others: nothing. All floats in FP16 are more than 8.6.0 finds an implementation for.
 
-Not told anything, for the reasons given:
-
-* QuantizeLayers and DequantizeLayers, and the output that a QuantizeLayer reads. The bindings of
-  8.6 say of both layers that FP16 is not supported where a type is constrained.
-* CastLayers: 8.6 ends the build where an output type other than the cast's own was asked for.
-* What has DequantizeLayers before it alone, that is a weight's transposition and the product, which
-  is an integer one by these, and constants, which are folded.
-* What leads from an integer product to the next QuantizeLayer element by element (bias and GELU):
-  the product's kernel does that in registers, and returns INT8. A rounding between would end that.
-
-A NormalizationLayer computes in FP32 whatever its precision, which is of its ends alone (8.6's
-bindings on `compute_precision`). A softmax must be told, or attention is not one kernel; the ones
-of Myelin for FP16 (`mha`) are those of FP16 engines, whose accuracy was measured.
+A network with Q/DQ is told 1 and 2 ('attention') or nothing ('free'); one without is told 2.
 """
 
 from __future__ import annotations
@@ -32,18 +22,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .settings import FP16_SURROUNDINGS
+from .settings import ATTENTION_SURROUNDINGS
 
-# Layers that compute or hand on floats, by TensorRT's names. None that reduces: a sum of squares
-# leaves what a half holds at 65504.
-_TOLD = (
-    "ACTIVATION", "CONCATENATION", "CONVOLUTION", "ELEMENTWISE", "FULLY_CONNECTED", "GATHER",
-    "MATRIX_MULTIPLY", "NORMALIZATION", "SCALE", "SHUFFLE", "SLICE", "SOFTMAX", "UNARY",
+# Layers that hand on a timestep or compute its sinusoids, by TensorRT's names.
+_BEFORE_PRODUCTS = (
+    "ACTIVATION", "CONCATENATION", "ELEMENTWISE", "GATHER", "NORMALIZATION", "SCALE", "SHUFFLE",
+    "SLICE", "UNARY",
 )  # fmt: skip
-_PRODUCTS = ("CONVOLUTION", "FULLY_CONNECTED", "MATRIX_MULTIPLY")
-_AS_THEY_ARE = tuple(kind for kind in _TOLD if kind not in _PRODUCTS)
-_BY_ELEMENT = ("ACTIVATION", "ELEMENTWISE", "SCALE", "UNARY")
-_CASTS = ("CAST", "IDENTITY")
+_CASTS = ("CAST", "IDENTITY")  # told nothing: 8.6 ends the build for a type other than the cast's
 
 
 @dataclass(frozen=True)
@@ -57,24 +43,21 @@ class Told:
 def tell_precisions(trt: Any, network: Any, surroundings: str) -> Told:
     """Tell a parsed, weakly typed network what its floats are, before it is built.
 
-    surroundings: 'fp16' tells the layers around Q/DQ nodes to be FP16, where there are any; 'free'
-    tells nothing in a network that has some. The builder holds to it with the flags FP16 and
-    PREFER_PRECISION_CONSTRAINTS.
+    surroundings: 'attention' or 'free', which differ in networks with Q/DQ nodes alone. The builder
+    holds to what it is told with the flags FP16 and PREFER_PRECISION_CONSTRAINTS.
     """
     floats = _Floats(trt, network)
-    if floats.has_quantized and surroundings != FP16_SURROUNDINGS:
+    if floats.has_quantized and surroundings != ATTENTION_SURROUNDINGS:
         return Told(0, 0)
-    exact = floats.of_integers()
-    half = floats.around_products()
-    kept = {name for layer in exact for name in _made(layer)}
-    half = [layer for layer in half if not _made(layer) & kept]
-    for layers, precision in ((exact, trt.DataType.FLOAT), (half, trt.DataType.HALF)):
+    half = floats.attention() if floats.has_quantized else []
+    single = floats.of_integers()
+    for layers, precision in ((half, trt.DataType.HALF), (single, trt.DataType.FLOAT)):
         for layer in layers:
             layer.precision = precision
             for index in range(layer.num_outputs):
                 if floats.may_be_told(layer.get_output(index)):
                     layer.set_output_type(index, precision)
-    return Told(len(half), len(exact))
+    return Told(len(half), len(single))
 
 
 class _Floats:
@@ -93,10 +76,27 @@ class _Floats:
         return any(_is(layer, ("QUANTIZE",)) for layer in self._layers)
 
     def may_be_told(self, tensor: Any) -> bool:
-        """Whether a layer's output may be given a type: see this module's docstring. A network's
-        own outputs keep the file's."""
+        """Whether a layer's output may be given a type (case 3)."""
         readers = self._readers[tensor.name]
         return not tensor.is_network_output and not any(_is(one, ("QUANTIZE",)) for one in readers)
+
+    def attention(self) -> list[Any]:
+        """Products of two computed values, and softmax. A weight or a dequantized value that was
+        turned or reshaped is still none that was computed, and nor is a network's input."""
+        computed: set[str] = set()
+        found = []
+        for layer in self._layers:
+            names = [tensor.name for tensor in _inputs(layer)]
+            if _is(layer, ("CONSTANT", "DEQUANTIZE")):
+                continue
+            if _is(layer, ("SHUFFLE",)) and names[0] not in computed:
+                continue
+            if _is(layer, ("SOFTMAX",)) or (
+                _is(layer, ("MATRIX_MULTIPLY",)) and computed.issuperset(names)
+            ):
+                found.append(layer)
+            computed |= _made(layer)
+        return found
 
     def of_integers(self) -> list[Any]:
         """What follows from integers that were cast to floats, up to the first products."""
@@ -108,58 +108,10 @@ class _Floats:
                 integers = any(tensor.dtype not in self._types for tensor in _inputs(layer))
                 if self._makes_floats(layer) and (integers or names & reached):
                     reached |= _made(layer)
-            elif names & reached and _is(layer, _AS_THEY_ARE) and self._makes_floats(layer):
+            elif names & reached and _is(layer, _BEFORE_PRODUCTS) and self._makes_floats(layer):
                 found.append(layer)
                 reached |= _made(layer)
         return found
-
-    def around_products(self) -> list[Any]:
-        """The layers to be FP16 in a network with Q/DQ nodes; none in another."""
-        if not self.has_quantized:
-            return []
-        constant, dequantized, integer = self._sides()
-        epilogues = self._epilogues(constant, integer)
-        return [
-            layer
-            for layer in self._layers
-            if _is(layer, _TOLD)
-            and self._makes_floats(layer)
-            and not _made(layer) & (constant | dequantized | integer | epilogues)
-        ]
-
-    def _sides(self) -> tuple[set[str], set[str], set[str]]:
-        """Tensors that follow from constants alone, that are dequantized values and nothing else,
-        and that are made by integer products."""
-        constant: set[str] = set()
-        dequantized: set[str] = set()
-        integer: set[str] = set()
-        for layer in self._layers:
-            names = {tensor.name for tensor in _inputs(layer)}
-            if _is(layer, ("CONSTANT",)) or (names and names <= constant):
-                constant |= _made(layer)
-            if _is(layer, ("DEQUANTIZE",)) or (_is(layer, ("SHUFFLE",)) and names <= dequantized):
-                dequantized |= _made(layer)
-            elif _is(layer, _PRODUCTS) and names & dequantized and names <= dequantized | constant:
-                integer |= _made(layer)
-        return constant, dequantized, integer
-
-    def _epilogues(self, constant: set[str], integer: set[str]) -> set[str]:
-        """Tensors between an integer product and QuantizeLayers, element by element."""
-        after = set(integer)
-        for layer in self._layers:
-            names = {tensor.name for tensor in _inputs(layer)} - constant
-            if _is(layer, _BY_ELEMENT) and names and names <= after:
-                after |= _made(layer)
-        leads: set[str] = set()  # tensors that QuantizeLayers alone read in the end
-        for layer in reversed(self._layers):
-            for name in _made(layer):
-                readers = self._readers[name]
-                if readers and all(
-                    _is(one, ("QUANTIZE",)) or (_is(one, _BY_ELEMENT) and _made(one) <= leads)
-                    for one in readers
-                ):
-                    leads.add(name)
-        return after & leads
 
     def _makes_floats(self, layer: Any) -> bool:
         """Integers of shapes and indices pass through the same kinds of layers."""

@@ -311,10 +311,10 @@ class TestFailures:
         with faked("8.6.0") as old:
             path = tmp_path / "int8.onnx"
             path.write_bytes(int8_files[False].read_bytes())
-            build(old, path)
-            made = build(old, path, replace(SETTINGS, surroundings="fp16"))
+            build(old, path, replace(SETTINGS, surroundings="free"))
+            made = build(old, path, replace(SETTINGS, surroundings="attention"))
             assert "surroundings free" in made.why  # type: ignore[attr-defined]
-            assert build(old, path, replace(SETTINGS, surroundings="fp16")).reused  # type: ignore[attr-defined]
+            assert build(old, path, replace(SETTINGS, surroundings="attention")).reused  # type: ignore[attr-defined]
 
     def test_the_inspector_s_answer_goes_with_its_engine(
         self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path
