@@ -243,7 +243,9 @@ def test_every_tile_gives_one_result(name: str) -> None:
         assert torch.equal(run(problem, tile), first), tile
 
 
-@pytest.mark.parametrize("name", ["w4 g128", "w8 g128", "w8 token", "w4 g128 integer token"])
+@pytest.mark.parametrize(
+    "name", ["w4 g128", "w8 g128", "w8 channel token", "w4 g128 integer token"]
+)
 @pytest.mark.parametrize("width", [128, 256, 1152, 4608])
 @pytest.mark.parametrize("splits", [2, 3])
 def test_warpgroups_that_share_panels(name: str, width: int, splits: int) -> None:
