@@ -12,7 +12,7 @@ from ..progress import Progress
 from .benchmark.plot import write_plot
 from .benchmark.profile_view import print_profiles, write_profile_plot
 from .benchmark.registry import IN_ONNX_RUNTIME, registrations
-from .benchmark.results import BenchmarkResults
+from .benchmark.results import BenchmarkResults, Row
 from .benchmark.rounds import Schedule, measure
 from .benchmark.subject import Subject
 from .benchmark.subjects import ExportedSubject, open_subject
@@ -50,7 +50,8 @@ def run_bench(
     """Time `targets` on `source` (an exported folder or a model source) and print the table.
 
     `json_file` gets the results and a plot of the same name with the suffix .svg; with `profile`
-    also one of operators, .profile.svg. Raises
+    also one of operators, .profile.svg. It is written after each batch size, so that an interrupted
+    run leaves what it has measured. Raises
     `InputError` for what cannot be asked for, `StepError` when no target could be timed.
     """
     chosen = registrations(targets)
@@ -82,13 +83,21 @@ def run_bench(
             progress=progress,
         )
         check_scheme_flags(subject, scheme)
-        rows = measure(chosen, subject, schedule, settings, work / "targets", progress)
-    results = BenchmarkResults(
-        machine=describe_machine(),
-        command=command,
-        rows=rows,
-        settings=subject.facts() | _settings_json(schedule, settings, load),
-    )
+
+        def results_of(rows: list[Row]) -> BenchmarkResults:
+            return BenchmarkResults(
+                machine=describe_machine(),
+                command=command,
+                rows=rows,
+                settings=subject.facts() | _settings_json(schedule, settings, load),
+            )
+
+        def keep(rows: list[Row]) -> None:
+            if json_file is not None:
+                results_of(rows).write(json_file)
+
+        rows = measure(chosen, subject, schedule, settings, work / "targets", progress, keep)
+        results = results_of(rows)
     publish(results, json_file, progress)
     return results
 

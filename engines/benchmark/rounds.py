@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,10 +70,12 @@ def measure(
     settings: RunSettings,
     work: Path,
     progress: Progress,
+    so_far: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
     """Prepare, load, warm up and time all targets; rows by batch size, then by target.
 
-    Files go to `work`, each target's own to a folder of its name there.
+    Files go to `work`, each target's own to a folder of its name there. `so_far` is called with
+    all finished rows after each batch size: one that takes hours may not end.
 
     A target that fails anywhere has its error in its rows from there on; the others go on.
     """
@@ -87,6 +89,8 @@ def measure(
             _load(lane, settings, workers)
         for batch in schedule.batches:
             rows += _measure_batch(lanes, batch, inputs[batch], schedule, work, progress)
+            if so_far is not None:
+                so_far(rows)
     return rows
 
 

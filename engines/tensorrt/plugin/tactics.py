@@ -10,7 +10,7 @@ from ...kernels.tuning import by_rule, candidates, tile_for
 from ...kernels.variants import LinearKind, Tile
 
 _WITHOUT_ASKING = 48 << 10  # shared memory of a launch that needs no function attribute
-# tokens 9 bits, warpgroups 2, stages 4, turns 2, pipelined 1, splits 2
+# tokens 9 bits, warpgroups 2, stages 4, turns 2, pipelined 1, splits − 1 2
 _SHIFTS = (0, 9, 11, 15, 17, 18)
 _MASKS = (0x1FF, 0x3, 0xF, 0x3, 0x1, 0x3)
 
@@ -18,7 +18,7 @@ _MASKS = (0x1FF, 0x3, 0xF, 0x3, 0x1, 0x3)
 def tactic_of(tile: Tile) -> int:
     """A tile that does not start its sums from a constant, as one positive integer."""
     parts = (
-        tile.tokens, tile.warpgroups, tile.stages, tile.turns, int(tile.pipelined), tile.splits
+        tile.tokens, tile.warpgroups, tile.stages, tile.turns, int(tile.pipelined), tile.splits - 1
     )  # fmt: skip
     return sum(part << shift for part, shift in zip(parts, _SHIFTS, strict=True))
 
@@ -26,8 +26,8 @@ def tactic_of(tile: Tile) -> int:
 def tile_of(tactic: int) -> Tile:
     """The inverse of `tactic_of`. Raises `InputError` for what is no tile."""
     parts = [tactic >> shift & mask for shift, mask in zip(_SHIFTS, _MASKS, strict=True)]
-    tokens, warpgroups, stages, turns, pipelined, splits = parts
-    return Tile(tokens, warpgroups, stages, turns, bool(pipelined), splits=splits)
+    tokens, warpgroups, stages, turns, pipelined, more = parts
+    return Tile(tokens, warpgroups, stages, turns, bool(pipelined), splits=1 + more)
 
 
 def tiles_for(kind: LinearKind, rows: Sequence[int], channels: int, gpu: Gpu) -> list[Tile]:

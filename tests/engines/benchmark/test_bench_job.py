@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from qdit.calibrate.sources import load_model
 from qdit.engines.bench_job import check_scheme_flags, run_bench
+from qdit.engines.benchmark import rounds
 from qdit.engines.benchmark.registry import Registration
-from qdit.engines.benchmark.results import BenchmarkResults
+from qdit.engines.benchmark.results import BenchmarkResults, Row
 from qdit.engines.benchmark.subjects import ExportedSubject, ModelSubject
 from qdit.engines.options import SchemeOptions
 from qdit.errors import InputError, StepError
@@ -83,6 +85,25 @@ def test_json_and_plot_are_written(results: BenchmarkResults, json_file: Path) -
     assert written["settings"]["threads"] == 1
     assert json_file.with_suffix(".svg").stat().st_size > 1000
     assert json_file.with_suffix(".profile.svg").stat().st_size > 1000
+
+
+def test_a_run_that_is_interrupted_leaves_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = rounds._measure_batch, []
+
+    def interrupted(*arguments: Any) -> list[Row]:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(rounds, "_measure_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(SMALL, SCHEME, ("torch",), blocks=1, json_file=tmp_path / "bench.json")
+    written = json.loads((tmp_path / "bench.json").read_text("utf-8"))
+    assert [row["batch"] for row in written["results"]] == [1]
+    assert written["settings"]["batches"] == [1, 2]
 
 
 def test_profiles_name_the_operators_of_each_target(results: BenchmarkResults) -> None:

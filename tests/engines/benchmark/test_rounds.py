@@ -62,6 +62,22 @@ def test_rows_come_by_batch_then_by_target_with_all_figures(
     assert subject.released
 
 
+def test_finished_batch_sizes_are_handed_on_before_the_next(
+    fakes: Fakes, subject: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    seen = []
+
+    def so_far(rows: list[Row]) -> None:
+        timed = [row.batch for row in rows if row.latency is not None]
+        seen.append((timed, len(log.read_text("utf-8").split())))
+
+    plan = Schedule(batches=(1, 4), runs=3, seconds=0.0)
+    measure(fakes("Slower"), subject, plan, RunSettings("cpu", 1), tmp_path, Silent(), so_far)
+    runs = len(log.read_text("utf-8").split())
+    assert seen == [([1], runs // 2), ([1, 4], runs)]
+
+
 def test_outputs_are_compared_with_the_first_target(
     fakes: Fakes, run: Callable[..., list[Row]]
 ) -> None:

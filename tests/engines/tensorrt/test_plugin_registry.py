@@ -310,6 +310,7 @@ class TestPtx:
 
 def test_tactics_hold_whole_tiles() -> None:
     tiles = [Tile(256, 3, 8, 2, False), Tile(16, 1, 3), Tile(128, 2, 4, 0, True)]
+    tiles.append(Tile(80, 3, 9, splits=3))
     for tile in tiles:
         assert tactic_of(tile) > 0
         assert tile_of(tactic_of(tile)) == tile
