@@ -22,6 +22,10 @@ else:
     import tomli as tomllib
 
 CUDA_FILES = [
+    "hopper_consumer.cuh",
+    "hopper_copies.cuh",
+    "hopper_stages.cuh",
+    "hopper_sums.cuh",
     "linear.cuh",
     "linear_sm80.cu",
     "linear_sm90.cu",
