@@ -24,12 +24,13 @@ from ..errors import InputError, StepError
 from ..export.opsets import check_opset
 from ..export.qdq import export_qdq
 from ..memory import release_memory
+from ..onnx_places import QDQ_FILE
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .full_precision import FullPrecision
 from .options import ExportOptions
 from .proof_engine import OnnxRuntimeProof
-from .proof_job import ONNX_NAME, ProofJob, prove_and_report
+from .proof_job import ProofJob, prove_and_report
 from .report.search_schema import SearchEntry
 from .report.targets_schema import TargetEntry
 from .search.job import SearchJob, check_search, find_plan, forget_search
@@ -289,7 +290,7 @@ def _calibration_set(job: Job, folder: Path) -> CalibrationSet:
 
 def export_onnx(job: Job, checkpoint: QuantizedCheckpoint) -> Path:
     """Write and check `model.onnx`."""
-    path = job.output / ONNX_NAME
+    path = job.output / QDQ_FILE
     inputs = _quantize_inputs(job) | {"dtype": job.options.dtype, "opset": job.options.opset}
 
     def work(folder: Path) -> None:

@@ -11,6 +11,7 @@ from ..calibrate.families.base import Denoiser
 from ..calibrate.fid import FidDifference, fid_difference
 from ..calibrate.model import DiffusionModel
 from ..files import sha256_of_file, write_json
+from ..onnx_places import QDQ_FILE
 from ..progress import Progress
 from .engine import ENGINE_TITLES
 from .estimate import choose_fid_samples, measure_forward
@@ -33,7 +34,6 @@ from .workspace import Workspace
 _MOST_PARITY_IMAGES = 2
 _PARITY_SECONDS = 20.0
 _SPEED_FILE = "speed.json"
-ONNX_NAME = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _fid(images: PairedImages | None, files: FidFiles, job: ProofJob) -> FidDiff
 
 def _write(job: ProofJob, proof: Proof, images: PairedImages | None, command: str) -> None:
     output = job.workspace.output
-    names = ["qdit.json", "weights.safetensors", ONNX_NAME, f"{ONNX_NAME}.data"]
+    names = ["qdit.json", "weights.safetensors", QDQ_FILE, f"{QDQ_FILE}.data"]
     names += [name for target in job.targets for name in files_of(target)]
     files = [output / name for name in names if (output / name).is_file()]
     report = build_report(

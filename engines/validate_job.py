@@ -13,12 +13,13 @@ from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.sources import load_model
 from ..errors import ArtifactError, InputError
 from ..export.lower import DTYPE_KEY
+from ..onnx_places import QDQ_FILE
 from ..progress import Progress
 from .devices import default_batch_size, resolve_device
 from .full_precision import FullPrecision
 from .options import ValidateOptions
 from .proof_engine import OnnxRuntimeProof, OnnxRuntimeTargetProof, ProofEngine, TorchProof
-from .proof_job import ONNX_NAME, ProofJob, prove_and_report
+from .proof_job import ProofJob, prove_and_report
 from .report.search_schema import SEARCH_NAME, read_search
 from .report.targets_schema import TARGETS_NAME, read_targets
 from .session_settings import CUDA, parse_provider_options, parse_session_options, providers_of
@@ -98,9 +99,9 @@ def _engine(
                 "--engine out"
             )
         return TorchProof(checkpoint, device)
-    exported = folder / ONNX_NAME
+    exported = folder / QDQ_FILE
     if not exported.is_file():
-        raise InputError(f"{folder} holds no {ONNX_NAME}; export it again with qdit-export")
+        raise InputError(f"{folder} holds no {QDQ_FILE}; export it again with qdit-export")
     return OnnxRuntimeProof(
         exported,
         _compute_dtype(exported),

@@ -22,6 +22,7 @@ from ..engines.at_hand import open_engine
 from ..engines.devices import resolve_device
 from ..engines.kinds.kind import EngineSettings
 from ..errors import InputError
+from ..onnx_places import ONNXRUNTIME_CUDA_FILE, ONNXRUNTIME_FILE, QDQ_FILE
 from .artifacts import check_onnx
 from .cards import ModelCard
 from .live_engine import LiveEngine, Opened
@@ -30,9 +31,9 @@ from .torch_threads import many_threads
 
 FULL_PRECISION = "full-precision"
 _ONNX_FILES = (
-    "model.onnx",
-    "onnxruntime/model.onnx",
-    "onnxruntime-cuda/model.onnx",
+    QDQ_FILE,
+    ONNXRUNTIME_FILE,
+    ONNXRUNTIME_CUDA_FILE,
     *(f"tensorrt/tensorrt-{kind}.onnx" for kind in ("plugin", "int8", "int4")),
 )
 

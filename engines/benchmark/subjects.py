@@ -17,11 +17,11 @@ from ...calibrate.plan import QuantizationPlan
 from ...calibrate.sources import load_model
 from ...errors import InputError
 from ...export.qdq import export_qdq
+from ...onnx_places import QDQ_FILE
 from ...progress import Progress
 from .subject import Subject
 
 MANIFEST = "qdit.json"
-QDQ_FILE = "model.onnx"
 
 
 def open_subject(

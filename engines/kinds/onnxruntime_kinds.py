@@ -6,16 +6,15 @@ from functools import partial
 from pathlib import Path
 
 from ...errors import InputError
+from ...onnx_places import ONNXRUNTIME_CUDA_FILE, ONNXRUNTIME_FILE, QDQ_FILE
 from ..session_settings import CPU, CUDA
 from .kind import AUTO, EngineKind, EngineSettings, SamplingEngine
-
-_CUDA_FILE = "onnxruntime-cuda/model.onnx"
 
 
 def _cuda_obstacle(folder: Path, settings: EngineSettings) -> str | None:
     """Why the CUDA provider's own file cannot run."""
-    if not (folder / _CUDA_FILE).is_file():
-        return f"the folder has no {_CUDA_FILE}"
+    if not (folder / ONNXRUNTIME_CUDA_FILE).is_file():
+        return f"the folder has no {ONNXRUNTIME_CUDA_FILE}"
     if settings.device == "cpu":
         return "its operators are the CUDA provider's; on a CPU use onnxruntime"
     return _provider_obstacle(settings)
@@ -57,7 +56,9 @@ def _quantizes_activations(folder: Path) -> bool:
 def _open_cuda(folder: Path, settings: EngineSettings) -> SamplingEngine:
     from ..onnxruntime_engine import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(folder / _CUDA_FILE, providers=[CUDA, CPU], threads=settings.threads)
+    return OnnxRuntimeEngine(
+        folder / ONNXRUNTIME_CUDA_FILE, providers=[CUDA, CPU], threads=settings.threads
+    )
 
 
 def _open(file: str, folder: Path, settings: EngineSettings) -> SamplingEngine:
@@ -85,5 +86,5 @@ ONNXRUNTIME_CUDA = EngineKind(
     _cuda_obstacle,
     _open_cuda,
 )
-ONNXRUNTIME = _kind("onnxruntime", "onnxruntime/model.onnx", "the fast form in ONNX Runtime")
-QDQ = _kind("qdq", "model.onnx", "the reference form in ONNX Runtime")
+ONNXRUNTIME = _kind("onnxruntime", ONNXRUNTIME_FILE, "the fast form in ONNX Runtime")
+QDQ = _kind("qdq", QDQ_FILE, "the reference form in ONNX Runtime")

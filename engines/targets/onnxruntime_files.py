@@ -8,14 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ...errors import InputError
-from ...export.onnxruntime.files import (
-    CUDA_FILE,
-    FILE,
-    export_onnxruntime,
-    export_onnxruntime_cuda,
-)
+from ...export.onnxruntime.files import export_onnxruntime, export_onnxruntime_cuda
 from ...export.opsets import ComputeDtype
 from ...export.write import ExportedModel
+from ...onnx_places import ONNXRUNTIME_CUDA_FILE, ONNXRUNTIME_FILE
 from ..session_settings import CPU, CUDA
 
 
@@ -23,12 +19,13 @@ from ..session_settings import CPU, CUDA
 class OnnxRuntimeFile:
     """A target's file for ONNX Runtime.
 
-    `file`: where an export's folder holds it; `dtype`: what it computes in; `provider`: the one
-    whose operators it is written in; `exported`: the export, called with checkpoint and path.
+    `file`: where an export's folder holds it (`onnx_places`); `dtype`: what it computes in;
+    `provider`: the one whose operators it is written in; `exported`: the export, called with
+    checkpoint and path.
     """
 
     target: str
-    file: Path
+    file: str
     dtype: ComputeDtype
     provider: str
     exported: Callable[..., ExportedModel]
@@ -41,14 +38,15 @@ class OnnxRuntimeFile:
         path = self.path(folder)
         if not path.is_file():
             raise InputError(
-                f"{folder} holds no {self.file.as_posix()}; export it again with --target "
-                f"{self.target}"
+                f"{folder} holds no {self.file}; export it again with --target {self.target}"
             )
         return path
 
 
-ON_CPU = OnnxRuntimeFile("onnxruntime", FILE, "float32", CPU, export_onnxruntime)
-ON_CUDA = OnnxRuntimeFile("onnxruntime-cuda", CUDA_FILE, "float16", CUDA, export_onnxruntime_cuda)
+ON_CPU = OnnxRuntimeFile("onnxruntime", ONNXRUNTIME_FILE, "float32", CPU, export_onnxruntime)
+ON_CUDA = OnnxRuntimeFile(
+    "onnxruntime-cuda", ONNXRUNTIME_CUDA_FILE, "float16", CUDA, export_onnxruntime_cuda
+)
 
 ONNXRUNTIME_FILES: Mapping[str, OnnxRuntimeFile] = MappingProxyType(
     {file.target: file for file in (ON_CPU, ON_CUDA)}

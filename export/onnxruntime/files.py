@@ -22,9 +22,6 @@ from .lower_cuda import LowerCudaPass
 from .lower_onnxruntime import LowerOnnxRuntimePass
 from .narrow_initializers import NarrowInitializersPass
 
-# Where an export's folder holds the file.
-FILE = Path("onnxruntime") / "model.onnx"
-CUDA_FILE = Path("onnxruntime-cuda") / "model.onnx"
 DOMAINS = (*STANDARD_DOMAINS, ORT_DOMAIN)
 
 

@@ -24,13 +24,13 @@ from ...engines.tensorrt.store import FOLDER, engine_path, manifest_path
 from ...errors import ArtifactError, InputError
 from ...export.write import external_files
 from ...files import sha256_of_file, write_text
+from ...onnx_places import ONNXRUNTIME_CUDA_FILE, ONNXRUNTIME_FILE, QDQ_FILE
 from ..artifacts import check_onnx
 from .config import DEFAULT_MAX_BATCH, Device, TritonModel
 
 CONFIG = "config.pbtxt"
 _VERSION = "1"
-_ONNX_FILES = ("onnxruntime/model.onnx", "model.onnx")  # the faster first
-_CUDA_FILE = "onnxruntime-cuda/model.onnx"  # for Triton's ONNX Runtime on a GPU, before both
+_ONNX_FILES = (ONNXRUNTIME_FILE, QDQ_FILE)  # the faster first
 _TENSORRT = ("tensorrt-plugin", "tensorrt-int8", "tensorrt-int4")
 _EXACT = _TENSORRT[:1]  # what auto may take: the others mean something else than the plan
 
@@ -84,7 +84,7 @@ def triton_source(
         most = min(max_batch, int(manifest.settings["batch"]["most"]))
         model = TritonModel(named, "tensorrt", inputs, outputs, device or "cuda", most, **settings)
         return Source(engine_path(onnx_path), model)
-    fast = (_CUDA_FILE, *_ONNX_FILES) if device == "cuda" else _ONNX_FILES
+    fast = (ONNXRUNTIME_CUDA_FILE, *_ONNX_FILES) if device == "cuda" else _ONNX_FILES
     files = {"qdq": _ONNX_FILES[1:]}.get(engine, fast)
     path = next((folder / file for file in files if (folder / file).is_file()), None)
     if engine not in ("auto", "onnxruntime", "qdq") or path is None:

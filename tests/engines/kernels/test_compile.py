@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import builtins
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qdit.engines.kernels.variants import (
     Tile,
     WeightOnlyKind,
     linear_defines,
+    tile_problem,
 )
 from qdit.errors import InputError, StepError
 
@@ -88,6 +89,34 @@ def test_weights_of_4_bits_are_the_register_operand() -> None:
         ptx.split(call)[1].split(";")[0].count("{") for ptx in (from_registers, from_shared)
     ]
     assert operands == [2, 1]
+
+
+@pytest.mark.parametrize("name", ["w8 g128", "w8 g96"])
+def test_sums_start_from_a_product_of_constants_where_the_tile_says_so(name: str) -> None:
+    plain = first_tile(LinearKind.of(SCHEMES[name], WIDTH), HOPPER)
+    starting = linear_ptx(name, "sm_90a", HOPPER, tile=replace(plain, starts=True))
+    constant = "wgmma.mma_async.sync.aligned.m64n64k32.s32.u8.u8"
+    assert constant in starting
+    assert constant not in linear_ptx(name, "sm_90a", HOPPER, tile=plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("w4 g128", Tile(112, 3, 5, starts=True)),
+        ("w8 g128", Tile(128, 2, 5, pipelined=True, starts=True)),
+        ("w8 g128", Tile(80, 2, 8, splits=2)),
+        ("w4 g128", Tile(80, 2, 7, splits=2, starts=True)),
+        ("w4 g128 integer token", Tile(80, 3, 9, splits=3)),
+        ("w8 channel token", Tile(80, 2, 8, splits=2)),
+    ],
+    ids=str,
+)
+def test_machine_code_of_tiles_that_start_or_share(name: str, tile: Tile) -> None:
+    kind = LinearKind.of(SCHEMES[name], WIDTH)
+    assert tile_problem(kind, tile, HOPPER) is None
+    defines = linear_defines(kind, tile, hopper=True, gated=False, bfloat16=False)
+    assert compile_kernel("linear_sm90.cu", defines, "sm_90a").startswith(b"\x7fELF")
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])

@@ -9,6 +9,7 @@ import ctypes
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,12 @@ from qdit.engines.kernels.operands import Gate, Modulation
 from qdit.engines.kernels.product import linear
 from qdit.engines.kernels.rows import quantize_rows
 from qdit.engines.kernels.sources import source
-from qdit.engines.kernels.variants import QuantizeKind, Tile, WeightOnlyKind
+from qdit.engines.kernels.variants import (
+    QuantizeKind,
+    Tile,
+    WeightOnlyKind,
+    linear_shared_bytes,
+)
 from qdit.engines.kernels.weight_only import weight_only_linear
 from qdit.errors import InputError, StepError
 
@@ -169,6 +175,21 @@ def test_blocks_are_no_more_than_stay_resident(recorder: Recorder) -> None:
     made = quantize_rows(problem.x, problem.rows_kind)
     linear(made, problem.packed, problem.kind, tile=Tile(64))
     assert recorder.launches[-1].grid == (132, 1)
+
+
+@pytest.mark.parametrize(("negatives", "heavy"), [(124, False), (125, True)])
+def test_sums_of_weights_that_are_nearly_all_most_negative_start_from_nothing(
+    negatives: int, heavy: bool, recorder: Recorder
+) -> None:
+    """127 · 16 · (8 · 124 + 7 · 4) = 2,072,640, one weight more 2,074,672: kStart is between."""
+    problem = make_problem(SCHEMES["w4 g128"], 16, 256, 64)
+    problem.weight.values[:] = -7
+    problem.weight.values[3, 128 : 128 + negatives] = -8
+    assert problem.packed.heavy == heavy
+    tile = Tile(64, starts=True)
+    linear(quantize_rows(problem.x, problem.rows_kind), problem.packed, problem.kind, tile=tile)
+    taken = replace(tile, starts=not heavy)
+    assert recorder.shared_bytes[-1] == linear_shared_bytes(problem.kind, taken, hopper=True)
 
 
 def test_a_modulation_s_arguments(recorder: Recorder) -> None:
