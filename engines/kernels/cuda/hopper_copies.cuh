@@ -3,23 +3,10 @@
 
 #include "hopper_stages.cuh"
 
-struct Problem {
-    const uint8* x;
-    const float* token_scale;
-    const float* token_sum;
-    const float* token_zero;
-    const uint8* w;
-    const float* channel_scale;
-    const float* channel_zero;
-    const float* channel_sum;
-    const uint8* multiplier;
-    int panels;          // K / 128
-    int rows;            // tokens rounded up to a multiple of 8
-    int weight_rows;     // channels rounded up to a multiple of 64
-    int token_group;     // segments that share a token scale
-    int channel_group;   // segments that share a channel scale or multiplier
+struct Problem : Operands {
+    int panels;         // K / 128
     int tiles;
-    int channel_tiles;   // along N
+    int channel_tiles;  // along N
 };
 
 // Where the copies of one array of scales, sums or multipliers stand: its row changes every `group` segments.

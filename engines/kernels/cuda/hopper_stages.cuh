@@ -11,11 +11,6 @@ constexpr int kTurns = QDIT_TURNS;
 constexpr bool kInTurn = kTurns > 0;
 // A warpgroup issues the next panel's matrix instructions before it promotes this one's sums.
 constexpr bool kPipelined = QDIT_PIPELINED;
-constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
-constexpr int kInputBytes = kTokens * kPanel;
-constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
-constexpr int kChannelScaleBytes = kSegments * kChannels * 4;
-constexpr int kMultiplierBytes = kSegments * kChannels;
 // One stage's scales, in bytes from its first.
 constexpr int kChannelScaleAt = kTokenScales * kTokenScaleBytes;
 constexpr int kTokenSumAt = kChannelScaleAt + kChannelScales * kChannelScaleBytes;

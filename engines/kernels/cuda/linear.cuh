@@ -30,10 +30,33 @@ constexpr bool kMultipliers = QDIT_MULTIPLIERS;       // int4 × integer = int8 
 constexpr bool kWeightZero = QDIT_WEIGHT_ZERO;
 constexpr bool kInputZero = QDIT_INPUT_ZERO;
 constexpr bool kPromotes = kTokenScales || kChannelScales || kWeightZero || kInputZero;
+// One panel's bytes in shared memory.
+constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
+constexpr int kInputBytes = kTokens * kPanel;
+constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
+constexpr int kChannelScaleBytes = kSegments * kChannels * 4;
+constexpr int kMultiplierBytes = kSegments * kChannels;
 // 4-bit weights are multiplied as q · 16, the byte that a nibble makes without further work
 constexpr float kUnit = kFourBits && !kMultipliers ? 16.0f : 1.0f;
 constexpr int kStagingRow = 64 * 2 + 16;  // bytes: padded against bank conflicts
 constexpr int kStagingBytes = kTokens * kStagingRow;
+
+// What a product reads from device memory.
+struct Operands {
+    const uint8* x;
+    const float* token_scale;
+    const float* token_sum;
+    const float* token_zero;
+    const uint8* w;
+    const float* channel_scale;
+    const float* channel_zero;
+    const float* channel_sum;
+    const uint8* multiplier;
+    int rows;           // tokens rounded up to a multiple of 16
+    int weight_rows;    // channels rounded up to a multiple of 64
+    int token_group;    // segments that share a token scale
+    int channel_group;  // segments that share a channel scale or multiplier
+};
 
 // Where one segment's scales lie in shared memory: [kTokens] and [kChannels] floats.
 struct Scales {

@@ -3,33 +3,12 @@
 #include "linear.cuh"
 
 constexpr int kStages = QDIT_STAGES;
-constexpr int kWeightBytes = kFourBits ? kChannels * 64 : kChannels * 128;
-constexpr int kInputBytes = kTokens * kPanel;
-constexpr int kTokenScaleBytes = kSegments * kTokens * 4;
-constexpr int kChannelScaleBytes = kSegments * kChannels * 4;
-constexpr int kMultiplierBytes = kSegments * kChannels;
 constexpr int kScaleBytes =
     (kTokenScales + kWeightZero + kInputZero) * kTokenScaleBytes +
     (kChannelScales + kWeightZero + kInputZero) * kChannelScaleBytes + kMultipliers * kMultiplierBytes;
 constexpr int kStageBytes = kWeightBytes + kInputBytes + (kScaleBytes + 127) / 128 * 128;
 static_assert(kStages * kStageBytes <= QDIT_SHARED_BYTES && kWarpgroups * kStagingBytes <= QDIT_SHARED_BYTES);
 constexpr int kThreads = 128 * kWarpgroups;
-
-struct Problem {
-    const uint8* x;
-    const float* token_scale;
-    const float* token_sum;
-    const float* token_zero;
-    const uint8* w;
-    const float* channel_scale;
-    const float* channel_zero;
-    const float* channel_sum;
-    const uint8* multiplier;
-    int rows;
-    int weight_rows;
-    int token_group;
-    int channel_group;
-};
 
 __device__ __forceinline__ void copy16(uint32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -53,7 +32,7 @@ __device__ __forceinline__ const void* row_of(const float* from, long long row, 
 }
 
 __device__ __forceinline__ void load_panel(
-    const Problem& p, uint32 base, int panel, int token0, int channel0, int tokens, int channels) {
+    const Operands& p, uint32 base, int panel, int token0, int channel0, int tokens, int channels) {
     constexpr int kRowBytes = kFourBits ? 64 : 128;
     copy_block(base, p.w + (static_cast<long long>(panel) * p.weight_rows + channel0) * kRowBytes, channels * kRowBytes);
     copy_block(base + kWeightBytes, p.x + (static_cast<long long>(panel) * p.rows + token0) * kPanel, tokens * kPanel);
@@ -164,8 +143,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
     const int token0 = blockIdx.x / channel_tiles * kTokens;
     const int channel0 = blockIdx.x % channel_tiles * kChannels;
     const int own_tokens = min(kTokens, rows - token0), own_channels = min(kChannels, weight_rows - channel0);
-    const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
-                    multiplier, rows, weight_rows, token_group, channel_group};
+    const Operands p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
+                     multiplier, rows, weight_rows, token_group, channel_group};
 
 #pragma unroll
     for (int panel = 0; panel < kStages - 1; ++panel) {

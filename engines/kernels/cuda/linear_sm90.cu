@@ -33,8 +33,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
 
     if (warpgroup == kWarpgroups) {
         lower_registers<kProducerRegisters>();
-        const Problem p{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
-                        multiplier, panels, rows, weight_rows, token_group, channel_group, tiles, channel_tiles};
+        const Problem p{{x, token_scale, token_sum, token_zero, w, channel_scale, channel_zero, channel_sum,
+                         multiplier, rows, weight_rows, token_group, channel_group},
+                        panels, tiles, channel_tiles};
         produce_all(p, base, __shfl_sync(0xFFFFFFFFu, thread / 32, 0));
     } else {
         raise_registers<kConsumerRegisters>();
