@@ -18,7 +18,7 @@ from .library import polygraphy_backend, tensorrt_module
 from .log import ErrorLog, make_logger
 from .monitor import heartbeat, make_monitor
 from .settings import BuildSettings
-from .surroundings import tell_precisions
+from .surroundings import HALF, Told, tell_precisions
 
 # cuBLAS and cuDNN are tactics of older versions that need libraries of their own; measured on the
 # files here, nothing chose them. From 11 on they are gone.
@@ -33,10 +33,14 @@ _SHARED_PROFILES = "PROFILE_SHARING_0806"
 
 @dataclass(frozen=True)
 class Built:
-    """A serialized engine, and the timing cache as the build left it (empty: there is none)."""
+    """A serialized engine, and the timing cache as the build left it (empty: there is none).
+
+    told: what the layers of a weakly typed network were told.
+    """
 
     engine: bytes
     timing_cache: bytes
+    told: Told
 
 
 def build_engine(
@@ -58,10 +62,11 @@ def build_engine(
     logger = make_logger(trt, log)
     builder = trt.Builder(logger)
     network = _parse(trt, builder, logger, log, onnx_path, features)
+    told = Told()
     if not features.strongly_typed:
         told = tell_precisions(trt, network, settings.surroundings)
-        if told.half:
-            progress.say(f"TensorRT: {told.half} layers of attention are to be FP16")
+    if told.count(HALF):
+        progress.say(f"TensorRT: {told.count(HALF)} layers of attention are to be FP16")
     monitor = make_monitor(trt, progress)
     config = _configure(trt, builder, network, settings, features, monitor, timing_cache)
     progress.say(f"building {onnx_path.stem} with TensorRT {trt.__version__}")
@@ -70,7 +75,7 @@ def build_engine(
         serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise StepError(f"TensorRT {trt.__version__} could not build {onnx_path}: {log.text()}")
-    return Built(bytes(serialized), _cache_of(config))
+    return Built(bytes(serialized), _cache_of(config), told)
 
 
 def preview_features(trt: Any, features: Features) -> list[str]:

@@ -11,9 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...errors import InputError
 from ...files import sha256_of_file, write_json
 from .library import GpuIdentity
 from .settings import BuildSettings
+from .surroundings import Told
 
 MANIFEST_VERSION = 1
 
@@ -24,7 +26,9 @@ class EngineManifest:
 
     sources: SHA-256 of the ONNX file and its external data; plugins: of the kernels' code;
     preview_features: what the builder was asked for by these names (`build.py`). A manifest that
-    has no such entry is of an engine that was built without any.
+    has no such entry is of an engine that was built without any. told: what the layers of a weakly
+    typed network were told (`surroundings.py`), for the lines of other tools; it follows from the
+    key. Without the entry nothing was, or the engine is from before this was kept.
     """
 
     tensorrt: str
@@ -37,6 +41,7 @@ class EngineManifest:
     build_seconds: float = 0.0
     version: int = MANIFEST_VERSION
     preview_features: list[str] = field(default_factory=list)
+    told: Told = field(default_factory=Told)
 
     @classmethod
     def of(
@@ -87,16 +92,21 @@ class EngineManifest:
         return self.tensorrt.split(".")[0] == other.tensorrt.split(".")[0]
 
     def write(self, path: Path) -> None:
-        """Write atomically."""
-        write_json(path, asdict(self))
+        """Write atomically; `told` where layers were told anything."""
+        value = asdict(self)
+        if not self.told.precisions:
+            del value["told"]
+        write_json(path, value)
 
     @classmethod
     def read(cls, path: Path) -> EngineManifest | None:
         """The manifest at `path`; None for what is missing, damaged or of another version."""
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
+            if "told" in value:
+                value["told"] = Told(**value["told"])
             found = cls(**value)
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, InputError):
             return None
         return found if found.version == MANIFEST_VERSION else None
 

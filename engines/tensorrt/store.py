@@ -135,6 +135,7 @@ def _install(
         engine_sha256=sha256_of_file(engine),
         engine_bytes=len(built.engine),
         build_seconds=round(seconds, 1),
+        told=built.told,
     )
     manifest.write(manifest_path(engine))
     megabytes = len(built.engine) / 1e6

@@ -18,10 +18,11 @@ A network with Q/DQ is told 1 and 2 ('attention') or nothing ('free'); one witho
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from ...errors import InputError
 from .settings import ATTENTION_SURROUNDINGS
 
 # Layers that hand on a timestep or compute its sinusoids, by TensorRT's names.
@@ -31,33 +32,71 @@ _BEFORE_PRODUCTS = (
 )  # fmt: skip
 _CASTS = ("CAST", "IDENTITY")  # told nothing: 8.6 ends the build for a type other than the cast's
 
+HALF, SINGLE = "fp16", "fp32"  # as `trtexec` spells them
+
 
 @dataclass(frozen=True)
 class Told:
-    """How many layers were told to be FP16, and how many FP32."""
+    """What the layers of a network were told: name → 'fp16' or 'fp32'.
 
-    half: int
-    single: int
+    * `precisions`: what a layer computes in;
+    * `output_types`: the type of its outputs, for those of these layers that were told one. All of
+      these kinds of layers have one output in TensorRT; with more, all of them were told.
+
+    Raises `InputError` for what is none.
+    """
+
+    precisions: dict[str, str] = field(default_factory=dict)
+    output_types: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for given in (self.precisions, self.output_types):
+            if not isinstance(given, dict) or any(v not in (HALF, SINGLE) for v in given.values()):
+                raise InputError(
+                    f"layers are told {HALF} or {SINGLE} by name, got {given!r}; build it again"
+                )
+
+    def count(self, precision: str) -> int:
+        """How many layers compute in it."""
+        return list(self.precisions.values()).count(precision)
+
+    def only(self, taken: Callable[[str], bool]) -> Told:
+        """Without the layers whose names are not `taken`, sorted: a line is the same when an
+        engine is reused."""
+        return Told(
+            {name: kind for name, kind in sorted(self.precisions.items()) if taken(name)},
+            {name: kind for name, kind in sorted(self.output_types.items()) if taken(name)},
+        )
 
 
 def tell_precisions(trt: Any, network: Any, surroundings: str) -> Told:
     """Tell a parsed, weakly typed network what its floats are, before it is built.
 
     surroundings: 'attention' or 'free', which differ in networks with Q/DQ nodes alone. The builder
-    holds to what it is told with the flags FP16 and PREFER_PRECISION_CONSTRAINTS.
+    holds to what it is told with the flags FP16 and PREFER_PRECISION_CONSTRAINTS. Returns what was
+    told, for the lines of other tools (`commands.py`).
     """
     floats = _Floats(trt, network)
     if floats.has_quantized and surroundings != ATTENTION_SURROUNDINGS:
-        return Told(0, 0)
+        return Told()
     half = floats.attention() if floats.has_quantized else []
     single = floats.of_integers()
-    for layers, precision in ((half, trt.DataType.HALF), (single, trt.DataType.FLOAT)):
+    precisions: dict[str, str] = {}
+    output_types: dict[str, str] = {}
+    for layers, dtype, name in (
+        (half, trt.DataType.HALF, HALF),
+        (single, trt.DataType.FLOAT, SINGLE),
+    ):
         for layer in layers:
-            layer.precision = precision
-            for index in range(layer.num_outputs):
-                if floats.may_be_told(layer.get_output(index)):
-                    layer.set_output_type(index, precision)
-    return Told(len(half), len(single))
+            layer.precision = dtype
+            precisions[layer.name] = name
+            outputs = range(layer.num_outputs)
+            may = [index for index in outputs if floats.may_be_told(layer.get_output(index))]
+            for index in may:
+                layer.set_output_type(index, dtype)
+            if len(may) == len(outputs):
+                output_types[layer.name] = name
+    return Told(precisions, output_types)
 
 
 class _Floats:

@@ -23,6 +23,7 @@ from qdit.engines.tensorrt.store import (
     manifest_path,
     stored_engine,
 )
+from qdit.engines.tensorrt.surroundings import Told
 from qdit.errors import ArtifactError, InputError, StepError
 from qdit.progress import Silent
 
@@ -67,6 +68,15 @@ def test_an_engine_its_manifest_ledger_and_timing_cache(fake: Fake, int8_file: P
     assert list(manifest.sources) == ["int8.onnx"]
     assert manifest.settings["batch"] == {"least": 1, "best": 4, "most": 8}
     assert manifest.engine_bytes == made.path.stat().st_size
+    written = json.loads(manifest_path(made.path).read_text())
+    if fake.features.strongly_typed:
+        assert "told" not in written
+    else:
+        attention = "transformer_blocks.0.attn1"
+        half = {f"{attention}/{name}": "fp16" for name in ("MatMul", "Softmax", "MatMul_2")}
+        for told in (written["told"]["precisions"], written["told"]["output_types"]):
+            assert half.items() <= told.items()
+            assert told["transformer_blocks.0.norm1.emb.time_proj/Cos"] == "fp32"
     assert (int8_file.parent / "timing.cache").read_bytes() == b"timed+"
     assert any("1 FP16, 6 INT8; 0 of 6 quantized linears fell back" in s for s in lines.said)
     assert not made.reused
@@ -189,6 +199,32 @@ class TestReuse:
         assert manifest.pop("preview_features") == []
         manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
         assert build(newest, path).reused  # type: ignore[attr-defined]
+
+    def test_an_8_6_engine_from_before_names_were_kept_is_reused(
+        self, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
+        with faked("8.6.0") as old:
+            made = build(old, path)
+            manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
+            assert manifest.pop("told")
+            manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+            again = build(old, path)
+            assert again.reused  # type: ignore[attr-defined]
+            assert again.manifest.told == Told()  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize(
+        "told", [[], 5, "told", {"precisions": ["a"]}, {"precisions": {"a": "int8"}}, {"other": {}}]
+    )
+    def test_a_manifest_that_tells_something_else_is_none(
+        self, told: object, int8_files: dict[bool, Path], tmp_path: Path
+    ) -> None:
+        path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
+        with faked("8.6.0") as old:
+            place = manifest_path(build(old, path).path)  # type: ignore[attr-defined]
+            manifest = json.loads(place.read_text())
+            place.write_text(json.dumps(manifest | {"told": told}))
+            assert EngineManifest.read(place) is None
 
     def test_the_timing_cache_is_kept_over_builds(
         self, newest: Fake, int8_files: dict[bool, Path], tmp_path: Path

@@ -12,7 +12,7 @@ import pytest
 
 from qdit.engines.tensorrt.build import build_engine
 from qdit.engines.tensorrt.settings import SURROUNDINGS, BatchProfile, BuildSettings
-from qdit.engines.tensorrt.surroundings import Told, tell_precisions
+from qdit.engines.tensorrt.surroundings import HALF, SINGLE, Told, tell_precisions
 from qdit.errors import InputError, StepError
 from qdit.progress import Silent
 
@@ -175,12 +175,38 @@ def test_each_case(old: Fake, cases: Path, name: str, told: str, made: str) -> N
 
 
 @pytest.mark.parametrize(("surroundings", "half", "single"), [("attention", 8, 3), ("free", 0, 0)])
-def test_what_was_told_is_counted(
+def test_what_was_told_is_handed_back_by_name(
     old: Fake, cases: Path, surroundings: str, half: int, single: int
 ) -> None:
     layers(old, cases, "free")
     network = old.faults.network
-    assert tell_precisions(old.module, network, surroundings) == Told(half, single)
+    told = tell_precisions(old.module, network, surroundings)
+    assert (told.count(HALF), told.count(SINGLE)) == (half, single)
+    assert told == told_by_the_layers(network)
+
+
+def told_by_the_layers(network: Any) -> Told:
+    """What the layers themselves remember."""
+    names = {"HALF": "fp16", "FLOAT": "fp32"}
+    return Told(
+        {layer.name: names[precision(layer)] for layer in network if layer.precision_is_set},
+        {layer.name: names[output(layer)] for layer in network if layer.output_types},
+    )
+
+
+def test_cases_differ_in_what_outputs_are_told(old: Fake, cases: Path) -> None:
+    layers(old, cases, "free")
+    told = tell_precisions(old.module, old.faults.network, "attention")
+    untold = {"quantized_product", "quantized_softmax", "quantized_sines", "y", "z", "t"}
+    assert told.precisions.keys() - told.output_types.keys() == untold
+
+
+@pytest.mark.parametrize("given", [{"a": "int8"}, {"a": ["fp16"]}, ["a"]])
+def test_what_no_layer_is_told(given: Any) -> None:
+    with pytest.raises(InputError, match=r"told fp16 or fp32 by name, got .*build it again"):
+        Told(given)
+    with pytest.raises(InputError, match="told fp16 or fp32"):
+        Told({}, given)
 
 
 def test_constants_and_integers_are_told_nothing(old: Fake, int8_files: dict[bool, Path]) -> None:
@@ -235,7 +261,7 @@ def test_the_fake_refuses_what_8_6_refused(
     def tell(trt: Any, network: Any, _surroundings: str) -> Any:
         (layer, *_) = [one for one in network if one.type.name == kind]
         layer.set_output_type(0, trt.DataType.HALF)
-        return type("Told", (), {"half": 0})
+        return Told()
 
     monkeypatch.setattr(build, "tell_precisions", tell)
     with pytest.raises(StepError, match=words):
