@@ -41,10 +41,14 @@ class EngineEntry(Entry):
 
 
 class CommandEntry(Entry):
-    """A command line of another tool that builds the same engine."""
+    """A command line of another tool that builds the same engine.
+
+    `note`: in what it would be another engine, '' for nothing.
+    """
 
     tool: str
     line: str
+    note: str = ""  # reports of before have none
 
 
 class TargetEntry(Entry):

@@ -25,6 +25,7 @@ from .linears import linears_of
 from .plugin.packing import Packing
 from .settings import BuildSettings
 from .store import FOLDER, StoredEngine, engine_path, stored_engine
+from .surroundings import Told
 
 _MOST_VIOLATIONS = 3  # of the error message
 
@@ -132,7 +133,7 @@ def target_entry(
         requested=dict(requested),
         engine=None if built is None else _engine_entry(built, files.output),
         no_engine=None if built is not None else no_engine,
-        commands=_commands(files, target, quantized="INT8" in requested),
+        commands=_commands(files, target, built, quantized="INT8" in requested),
         **numbers,
     )
 
@@ -156,15 +157,22 @@ def _engine_entry(built: StoredEngine, output: Path) -> EngineEntry:
     )
 
 
-def _commands(files: TensorRtFiles, target: str, *, quantized: bool) -> tuple[CommandEntry, ...]:
+def _commands(
+    files: TensorRtFiles, target: str, built: StoredEngine | None, *, quantized: bool
+) -> tuple[CommandEntry, ...]:
     """Both tools' lines. Neither knows qdit's plugins, so a plugin file has none."""
     if target == "tensorrt-plugin":
         return ()
     path = files.path(target)
     given = (path, engine_path(path), input_shapes(path), files.settings, files.features)
-    return (
-        CommandEntry(tool="trtexec", line=trtexec_command(*given, quantized=quantized)),
-        CommandEntry(tool="polygraphy", line=polygraphy_command(*given, quantized=quantized)),
+    told = Told() if built is None else built.manifest.told
+    made = {
+        "trtexec": trtexec_command(*given, quantized=quantized, told=told),
+        "polygraphy": polygraphy_command(*given, quantized=quantized, told=told),
+    }
+    return tuple(
+        CommandEntry(tool=tool, line=command.line, note=command.note)
+        for tool, command in made.items()
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import shlex
@@ -99,9 +100,26 @@ class TestWithoutTensorRt:
         assert {"--fp16", "--int8", "--noTF32"} <= set(trtexec)
         wanted = "hidden_states:4x3x16x16,timestep:4,class_labels:4"
         assert f"--optShapes={wanted}" in trtexec
+        assert not any("layer" in word.lower() for word in trtexec)
         polygraphy = lines["polygraphy"]
         assert polygraphy[:3] == ["polygraphy", "convert", str(path)]
         assert "hidden_states:[8,3,16,16]" in polygraphy
+
+    def test_beside_the_lines_stands_what_they_cannot_know(self, exported: Path) -> None:
+        (entry,) = read_report(exported / "report.json").targets
+        said = "on TensorRT 8.6 attention and the timestep stay TensorRT's own choice in this line"
+        assert [command.note.startswith(said) for command in entry.commands] == [True, True]
+        page = html.unescape((exported / "report.html").read_text())
+        assert f"trtexec: {said}" in page
+        assert f"polygraphy: {said}" in page
+
+    def test_records_of_before_have_no_notes(self, exported: Path, tmp_path: Path) -> None:
+        record = json.loads((exported / TARGETS_NAME).read_text())
+        for command in record[0]["commands"]:
+            del command["note"]
+        (tmp_path / TARGETS_NAME).write_text(json.dumps(record))
+        (entry,) = read_targets(tmp_path / TARGETS_NAME)
+        assert [command.note for command in entry.commands] == ["", ""]
 
     def test_a_second_run_writes_nothing_anew(self, model_folder: Path, exported: Path) -> None:
         path = exported / "tensorrt" / "tensorrt-int8.onnx"
@@ -252,6 +270,25 @@ class TestWithTensorRt:
         assert parity.images is not None
         assert parity.images.engine == "tensorrt"
         assert "TensorRT vs its file" in (tmp_path / "report.html").read_text()
+
+    def test_on_8_6_the_lines_name_the_layers_that_were_told(
+        self, model_folder: Path, tmp_path: Path
+    ) -> None:
+        with faked("8.6.0"):
+            first, again = (targets(model_folder, tmp_path, **INT8)[0] for _ in range(2))
+        assert first.engine is not None and again.engine is not None
+        assert (first.engine.reused, again.engine.reused) == (False, True)
+        assert again.commands == first.commands
+        trtexec, polygraphy = first.commands
+        softmax = "transformer_blocks.0.attn1/Softmax"
+        cos = "transformer_blocks.0.norm1.emb.time_proj/Cos"
+        flags = dict(word.partition("=")[::2] for word in shlex.split(trtexec.line))
+        for flag in ("--layerPrecisions", "--layerOutputTypes"):
+            assert {f"{softmax}:fp16", f"{cos}:fp32"} <= set(flags[flag].split(","))
+        assert trtexec.note == ""
+        words = shlex.split(polygraphy.line)
+        assert {f"{softmax}:float16", f"{cos}:float32"} <= set(words)
+        assert "Polygraphy has no flag" in polygraphy.note
 
     def test_a_fallback_ends_the_export_and_leaves_no_engine(
         self, newest: Fake, model_folder: Path, tmp_path: Path

@@ -544,6 +544,9 @@ def make_fake(version: str, device: Device, faults: type[Faults]) -> ModuleType:
             "MinMaxCalibrator",
         ):
             setattr(module, f"IInt8{kind}", type(kind, (calibrator,), {}))
+    aliases = {"float32": "FLOAT", "float16": "HALF"}  # the bindings' own names of types
+    for alias, name in aliases.items():
+        setattr(module, alias, dtypes[name])
     module.init_libnvinfer_plugins = lambda logger, namespace: True  # type: ignore[attr-defined]
     return module
 
