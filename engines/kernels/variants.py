@@ -25,7 +25,7 @@ class LinearKind:
 
     multipliers: weights are 4-bit integers times an integer a group of `multiplier_group`, with one
     float scale a channel. Zero points put both sides' scales into the loop over k. short_scales:
-    weight scales have at most 22 significant bits (float16 ones do), which saves an instruction.
+    weight scales have at most 11 significant bits (float16 ones do), which saves an instruction.
     """
 
     width: int
