@@ -130,6 +130,7 @@ struct Consumer {
     uint32 empty;
     uint32 weights;    // lower words of the first stage's descriptors
     uint32 inputs;
+    uint32 start;      // of what sums start from, the same for all stages
     int warpgroup;
     int column;        // whose channels it has
     int part;          // of the panels, every kSplits-th from here on
@@ -137,7 +138,6 @@ struct Consumer {
     int thread;        // of the warpgroup
     int lane;
     int row;           // this thread's lower channel in the tile
-    uint32 start;      // likewise, of what sums start from
 
     __device__ __forceinline__ const uint8* scales(const Place& place) const {
         return shared + kScalesAt + place.stage * kScaleBytes;

@@ -102,14 +102,13 @@ __device__ __forceinline__ void accumulate_one_ahead(
 
 // A tile's sums over all panels where scales change within a panel, or after several.
 __device__ __forceinline__ void accumulate(
-    float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    float (&acc)[kAccumulators], int (&d)[kAccumulators], const Consumer& own, Place& place) {
     PackedPanel packed;
     own.wait(place);
     own.load(packed, place);
     // counted down: a bound would be loaded again in every round, between the first matrix instruction and the others
-    for (int left = panels; left > 0; --left) {
-        Place next = place;
-        next.next();
+    for (int left = own.panels; left > 0; --left) {
+        const Place next = own.after(place, left == 1);
         uint32 a[4][4];
         own.unpack(a, packed);
         const auto meet_next = [&]() {
@@ -120,7 +119,7 @@ __device__ __forceinline__ void accumulate(
             if (left > 1) own.load(packed, next);
         };
         if constexpr (kSegmentPanels > 1) {
-            const int panel = panels - left;
+            const int panel = own.panels - left;
             own.issue<0, 4>(d, a, place, panel % kSegmentPanels > 0);
             Segment segment;
             segment.load(own, place, 0);
@@ -138,7 +137,7 @@ __device__ __forceinline__ void accumulate(
 
 // The same with one panel in flight while another one is promoted: segments of one panel each.
 __device__ __forceinline__ void accumulate_pipelined(
-    float (&acc)[kAccumulators], const Consumer& own, Place& place, int panels) {
+    float (&acc)[kAccumulators], const Consumer& own, Place& place) {
     int d[2][kAccumulators];
     uint32 a[2][4][4];
     Place ahead = place;
@@ -167,11 +166,11 @@ __device__ __forceinline__ void accumulate_pipelined(
     };
     issue(d[0], a[0]);
     int panel = 1;
-    for (; panel + 1 < panels; panel += 2) {
+    for (; panel + 1 < own.panels; panel += 2) {
         both(d[1], a[1], d[0]);
         both(d[0], a[0], d[1]);
     }
-    if (panel < panels) {
+    if (panel < own.panels) {
         both(d[1], a[1], d[0]);
         last(d[1]);
     } else {

@@ -43,8 +43,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
         const int warp = thread / 32, lane = held(thread % 32);
         const int column = warpgroup / kSplits, part = warpgroup % kSplits;
         const Consumer own{shared, full, empty, descriptor_low(base + column * 8192),
-                           descriptor_low(base + kWeightBytes), warpgroup, column, part, panels, thread, lane,
-                           held(column * 64 + warp * 16 + lane / 4), start_descriptor_low(base + kStartAt)};
+                           descriptor_low(base + kWeightBytes), start_descriptor_low(base + kStartAt), warpgroup, column, part,
+                           panels, thread, lane, held(column * 64 + warp * 16 + lane / 4)};
         uint8* staging = shared + kStagingAt + column * kStagingBytes;
         const Output output{bias, token_scale, channel_scale, residual, gate, gate_stride, image_tokens,
                             tokens, channels, out};
@@ -72,12 +72,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) qdit_linear(
             }
             bool whole = true;  // whether this warpgroup has the tile's sums in the end
             if constexpr (kPipelined) {
-                accumulate_pipelined(acc, own, place, panels);
+                accumulate_pipelined(acc, own, place);
             } else if constexpr (kOneAhead) {
                 accumulate_one_ahead(acc, d, a, own, place, tile + gridDim.x < tiles);
                 whole = gather(acc, own);
             } else if constexpr (kPromotes) {
-                accumulate(acc, d, own, place, panels);
+                accumulate(acc, d, own, place);
             } else {
                 accumulate_plain(d, own, place);
                 whole = gather(d, own);
