@@ -50,9 +50,9 @@ def run_bench(
     """Time `targets` on `source` (an exported folder or a model source) and print the table.
 
     `json_file` gets the results and a plot of the same name with the suffix .svg; with `profile`
-    also one of operators, .profile.svg. It is written after each batch size, so that an interrupted
-    run leaves what it has measured. Raises
-    `InputError` for what cannot be asked for, `StepError` when no target could be timed.
+    also one of operators, .profile.svg. The JSON is written after each batch size, so that an
+    interrupted run leaves what it has measured. Raises `InputError` for what cannot be asked for,
+    `StepError` when no target could be timed.
     """
     chosen = registrations(targets)
     schedule = Schedule(tuple(sorted(set(batches))), runs, seconds, profile=profile)
@@ -129,13 +129,12 @@ def check_scheme_flags(subject: Subject, scheme: SchemeOptions) -> None:
 
 
 def publish(results: BenchmarkResults, json_file: Path | None, progress: Progress) -> None:
-    """Print table and failures, write the files, and fail when nothing was timed."""
+    """Print table and failures, draw the plots beside the JSON; fail when nothing was timed."""
     print_results(results)
     profiled = any(row.profile for row in results.rows)
     if results.settings.get("profile"):
         print_profiles(results)
-    if json_file is not None:
-        results.write(json_file)
+    if json_file is not None:  # while it was measured
         progress.say(f"wrote {json_file}")
     if all(row.latency is None for row in results.rows):
         raise StepError(f"no target could be timed: {failures(results)[0]}")
