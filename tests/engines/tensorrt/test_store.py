@@ -45,6 +45,15 @@ def build(fake: Fake, path: Path, settings: BuildSettings = SETTINGS, **more: ob
     return stored_engine(path, settings, fake.features, Silent(), **more)  # type: ignore[arg-type]
 
 
+def without(made: object, entry: str) -> object:
+    """Leave an engine's manifest without an entry, as from before there was one. Returns it."""
+    place = manifest_path(made.path)  # type: ignore[attr-defined]
+    manifest = json.loads(place.read_text())
+    taken = manifest.pop(entry)
+    place.write_text(json.dumps(manifest))
+    return taken
+
+
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -183,9 +192,7 @@ class TestReuse:
         path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
         with faked("8.6.0") as old:
             made = build(old, path)
-            manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
-            assert manifest.pop("preview_features") == ["PROFILE_SHARING_0806"]
-            manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+            assert without(made, "preview_features") == ["PROFILE_SHARING_0806"]
             again = build(old, path)
             assert "preview_features [] → ['PROFILE_SHARING_0806']" in again.why  # type: ignore[attr-defined]
             assert build(old, path).reused  # type: ignore[attr-defined]
@@ -195,9 +202,7 @@ class TestReuse:
     ) -> None:
         path = copied(int8_files, tmp_path)
         made = build(newest, path)
-        manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
-        assert manifest.pop("preview_features") == []
-        manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+        assert without(made, "preview_features") == []
         assert build(newest, path).reused  # type: ignore[attr-defined]
 
     def test_an_8_6_engine_from_before_names_were_kept_is_reused(
@@ -206,9 +211,7 @@ class TestReuse:
         path = Path(shutil.copy(int8_files[False], tmp_path / "int8.onnx"))
         with faked("8.6.0") as old:
             made = build(old, path)
-            manifest = json.loads(manifest_path(made.path).read_text())  # type: ignore[attr-defined]
-            assert manifest.pop("told")
-            manifest_path(made.path).write_text(json.dumps(manifest))  # type: ignore[attr-defined]
+            assert without(made, "told")
             again = build(old, path)
             assert again.reused  # type: ignore[attr-defined]
             assert again.manifest.told == Told()  # type: ignore[attr-defined]
