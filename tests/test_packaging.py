@@ -34,6 +34,7 @@ CUDA_FILES = [
     "quantize.cu",
     "weight_only.cu",
 ]
+C_FILES = ["custom_op.c", "node.c", "node.h", "ort_abi.h", "plain.c", "product.h"]
 DATA_FILES = {
     "py.typed",
     "demo/README.md",
@@ -42,6 +43,7 @@ DATA_FILES = {
     "demo/scheduler/scheduler_config.json",
     "demo/transformer/config.json",
     "demo/transformer/diffusion_pytorch_model.safetensors",
+    *(f"engines/cpu_kernels/c/{file}" for file in C_FILES),
     *(f"engines/kernels/cuda/{file}" for file in CUDA_FILES),
     "engines/kernels/tiles/sm_90a.json",
     "engines/report/report.css",
@@ -65,6 +67,7 @@ OPTIONAL_MODULES = [
     "torchao",
     "uvicorn",
     "tritonclient",
+    "ziglang",
 ]
 # The one package that may import its extra as it is imported; everything else imports it late.
 NEEDS_ITS_EXTRA = "qdit.serve.web"
