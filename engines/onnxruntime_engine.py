@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,11 @@ import onnxruntime
 
 from ..errors import ArtifactError, InputError, StepError
 from ..memory import release_memory
+from .cpu_kernels.choice import CpuKernels, Products, choose_products
+from .cpu_kernels.swap import swap_products
 from .cuda_session import GRAPH_OPTION, GraphRunner, load_cuda_libraries, wants_graphs
 from .engine import Arrays, LoadedEngine, TensorSpec, as_denoiser, check_inputs
+from .model_source import ModelSource
 from .probe_check import SelfTestError, read_probe
 from .session_settings import CPU, CUDA
 
@@ -31,6 +33,7 @@ _NUMPY_DTYPES = {
     "tensor(bool)": np.bool_,
 }
 _ERRORS_ONLY = 3
+_DATA_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRuntimeEngine(LoadedEngine):
@@ -51,6 +54,10 @@ class OnnxRuntimeEngine(LoadedEngine):
       provider captures a CUDA graph for each shape of the inputs; not with `extra_outputs`.
     * `profile_folder`: write a profile there, which `end_profiling` names. It slows runs down.
     * `optimize`: let ONNX Runtime fuse and fold; False runs the file's own nodes one by one.
+    * `kernels`: what multiplies grouped weights and activations on a CPU. 'auto': our own products
+      where the machine has them, else ONNX Runtime's; 'qdit': ours, or an `InputError` that says
+      why not; 'onnxruntime': its own. The file on disk is the same (docs/onnxruntime.md). What was
+      taken, and why, is the attribute of that name.
     """
 
     def __init__(
@@ -62,6 +69,7 @@ class OnnxRuntimeEngine(LoadedEngine):
         extra_outputs: Sequence[str] = (),
         fold_weights: bool = True,
         optimize: bool = True,
+        kernels: CpuKernels = "auto",
         self_test: bool = True,
         session_options: Mapping[str, str] | None = None,
         provider_options: Mapping[str, str] | None = None,
@@ -83,7 +91,11 @@ class OnnxRuntimeEngine(LoadedEngine):
             given.pop(GRAPH_OPTION, None)  # they are there to be looked at once
         if wanted[0] == CUDA:
             load_cuda_libraries()
-        self._session: Any = _open(self.path, options, wanted, given, tuple(extra_outputs))
+        source = ModelSource(self.path)
+        self.kernels = choose_products(kernels, wanted[0], source.load)
+        model = _model_of(source, options, self.kernels, extra_outputs)
+        self._session: Any = _open(self.path, model, options, wanted, given)
+        del model
         # Folding and packing weights leaves more freed memory behind than the model needs: 508 MB
         # became 220 MB for a w4a8 file of 4 DiT-XL/2 blocks.
         release_memory()
@@ -141,21 +153,24 @@ class OnnxRuntimeEngine(LoadedEngine):
         if probe is None:
             return
         provider = self._open_session().get_providers()[0]
+        runtime, otherwise = f"ONNX Runtime {onnxruntime.__version__}", ""
+        if self.kernels.is_ours:
+            runtime, otherwise = f"{runtime} with {self.kernels}", "--cpu-kernels onnxruntime, "
         try:
             error = probe.error_of(self.infer(probe.inputs))
         except StepError as failure:  # another engine or provider may run it
             self.close()
             raise SelfTestError(
-                f"ONNX Runtime {onnxruntime.__version__} cannot run {self.path} by {provider}: "
-                f"{failure}; use another version or provider, or model.onnx"
+                f"{runtime} cannot run {self.path} by {provider}: {failure}; use {otherwise}"
+                "another version or provider, or model.onnx"
             ) from failure
         if error > probe.tolerance:
             self.close()
             raise SelfTestError(
-                f"ONNX Runtime {onnxruntime.__version__} computes {self.path} wrong with "
-                f"{provider}: {error:.3g} from the stored output of the reference, at most "
-                f"{probe.tolerance:.3g} is rounding; use another version or provider, or "
-                "model.onnx, or export again where the file was changed"
+                f"{runtime} computes {self.path} wrong with {provider}: {error:.3g} from the "
+                f"stored output of the reference, at most {probe.tolerance:.3g} is rounding; use "
+                f"{otherwise}another version or provider, or model.onnx, or export again where the "
+                "file was changed"
             )
 
     def close(self) -> None:
@@ -250,50 +265,48 @@ def _add_entry(options: Any, key: str, value: str) -> None:
         raise InputError(f"ONNX Runtime refuses the session option {key}={value}") from error
 
 
+def _model_of(
+    source: ModelSource, options: Any, products: Products, extra_outputs: Sequence[str]
+) -> str | bytes:
+    """The file's path, or the bytes of what is made of it; `options` then say where data lies."""
+    if not extra_outputs and not products.is_ours:
+        source.drop()
+        return str(source.path)
+    source.add_outputs(extra_outputs)
+    if products.is_ours:
+        swap_products(source.load())
+        _register(products, options)
+    folder = str(source.path.parent.absolute())
+    options.add_session_config_entry(_DATA_FOLDER, folder)
+    return source.take()
+
+
+def _register(products: Products, options: Any) -> None:
+    try:
+        options.register_custom_ops_library(str(products.library))
+    except Exception as error:  # ONNX Runtime raises kinds of its own
+        raise StepError(
+            f"ONNX Runtime {onnxruntime.__version__} does not take the operators of "
+            f"{products.library}: {error}; use --cpu-kernels onnxruntime"
+        ) from error
+
+
 def _open(
     path: Path,
+    model: str | bytes,
     options: Any,
     providers: Sequence[str],
     provider_options: Mapping[str, str],
-    extra_outputs: tuple[str, ...],
 ) -> Any:
-    source: str | bytes = str(path)
-    if extra_outputs:
-        source = _with_outputs(path, extra_outputs)
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent.absolute())
-        )
     try:
         return onnxruntime.InferenceSession(
-            source,
+            model,
             options,
             providers=list(providers),
             provider_options=[dict(provider_options), *({} for _ in providers[1:])],
         )
     except Exception as error:  # ONNX Runtime raises kinds of its own
         raise ArtifactError(f"ONNX Runtime cannot load {path}: {error}") from error
-
-
-def _with_outputs(path: Path, names: tuple[str, ...]) -> bytes:
-    """The model's bytes with inner values as further outputs; external data stays where it is."""
-    import onnx  # only proofs look inside: a deployed engine does not pay for it
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf raises kinds of its own
-        raise ArtifactError(f"{path} is not a readable ONNX file: {error}") from error
-    made = {name for node in model.graph.node for name in node.output}
-    given = {value.name for value in model.graph.output}
-    for name in names:
-        if name not in made:
-            close = difflib.get_close_matches(name, sorted(made), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"{path} has no value {name!r} to return{hint}")
-        if name not in given:
-            model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-            given.add(name)
-    data: bytes = model.SerializeToString()
-    return data
 
 
 def _spec(value: Any) -> TensorSpec:
