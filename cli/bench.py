@@ -46,6 +46,7 @@ def bench(
     provider: session_flags.Provider = None,
     session_option: session_flags.SessionOption = None,
     provider_option: session_flags.ProviderOption = None,
+    cpu_kernels: session_flags.CpuKernels = "auto",
     seed: common_flags.Seed = 0,
     profile: Annotated[
         bool,
@@ -88,6 +89,7 @@ def bench(
             provider=provider,
             session_options=session_option or (),
             provider_options=provider_option or (),
+            cpu_kernels=cpu_kernels,
             json_file=json_file,
             command=command_line(),
             progress=terminal,

@@ -15,6 +15,14 @@ Provider = Annotated[
         show_default=False,
     ),
 ]
+CpuKernels = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|qdit|onnxruntime",
+        help="ONNX Runtime on a CPU: what multiplies grouped weights and activations, qdit's own "
+        "products or its own; auto takes qdit's where the machine has them.",
+    ),
+]
 SessionOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -37,6 +37,7 @@ def validate(
     provider: session_flags.Provider = None,
     session_option: session_flags.SessionOption = None,
     provider_option: session_flags.ProviderOption = None,
+    cpu_kernels: session_flags.CpuKernels = "auto",
     seed: common_flags.Seed = 0,
     model: Annotated[
         str | None,

@@ -11,7 +11,7 @@ from ..errors import InputError, StepError
 from ..progress import Progress
 from .benchmark.plot import write_plot
 from .benchmark.profile_view import print_profiles, write_profile_plot
-from .benchmark.registry import IN_ONNX_RUNTIME, registrations
+from .benchmark.registry import HAS_CPU_KERNELS, IN_ONNX_RUNTIME, registrations
 from .benchmark.results import BenchmarkResults, Row
 from .benchmark.rounds import Schedule, measure
 from .benchmark.subject import Subject
@@ -21,7 +21,7 @@ from .benchmark.target import RunSettings
 from .devices import resolve_device
 from .machine import describe_machine, load_average, usable_cores
 from .options import SchemeOptions
-from .session_settings import parse_provider_options, parse_session_options
+from .session_settings import checked_kernels, parse_provider_options, parse_session_options
 
 # A load average above this share of the cores means that other work takes part of them.
 _BUSY = 0.5
@@ -43,6 +43,7 @@ def run_bench(
     provider: str | None = None,
     session_options: Sequence[str] = (),
     provider_options: Sequence[str] = (),
+    cpu_kernels: str = "auto",
     json_file: Path | None = None,
     command: str,
     progress: Progress,
@@ -63,12 +64,18 @@ def run_bench(
             f"{', '.join(IN_ONNX_RUNTIME)}, got "
             f"--targets {','.join(targets)}; add one or leave them out"
         )
+    if cpu_kernels != "auto" and HAS_CPU_KERNELS not in targets:
+        raise InputError(
+            f"--cpu-kernels is read by {HAS_CPU_KERNELS}, got --targets {','.join(targets)}; add "
+            "it or leave the flag out"
+        )
     settings = RunSettings(
         resolve_device(device),
         threads or usable_cores(),
         provider,
         parse_session_options(session_options),
         parse_provider_options(provider_options),
+        checked_kernels(cpu_kernels),
     )
     load = _check_load(settings, progress)
     with tempfile.TemporaryDirectory(prefix="qdit-bench-") as folder:
@@ -155,6 +162,7 @@ def _settings_json(schedule: Schedule, settings: RunSettings, load: float) -> di
         "provider": settings.provider,
         "session_options": settings.session_options,
         "provider_options": settings.provider_options,
+        "cpu_kernels": settings.cpu_kernels,
         "batches": list(schedule.batches),
         "least_runs": schedule.runs,
         "seconds_per_batch": schedule.seconds,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ArtifactError, InputError
+from .onnx_peek import operators_of
 
 if TYPE_CHECKING:
     import onnx
@@ -33,6 +34,12 @@ class ModelSource:
             except Exception as error:  # protobuf raises kinds of its own
                 raise ArtifactError(f"{self.path} is not a readable ONNX file: {error}") from error
         return self._model
+
+    def mentions(self, operator: str) -> bool:
+        """Whether a node of the graph is such an operator, of whatever domain. True as well for a
+        file that is no ONNX file: whoever loads it says so."""
+        found = operators_of(self.path)
+        return found is None or operator in found
 
     def add_outputs(self, names: Sequence[str]) -> None:
         """Inner values as further outputs. Raises `InputError` for a name that there is not."""

@@ -11,13 +11,13 @@ import onnxruntime
 
 from ..errors import ArtifactError, InputError, StepError
 from ..memory import release_memory
-from .cpu_kernels.choice import CpuKernels, Products, choose_products
+from .cpu_kernels.choice import Products, choose_products
 from .cpu_kernels.swap import swap_products
 from .cuda_session import GRAPH_OPTION, GraphRunner, load_cuda_libraries, wants_graphs
 from .engine import Arrays, LoadedEngine, TensorSpec, as_denoiser, check_inputs
 from .model_source import ModelSource
 from .probe_check import SelfTestError, read_probe
-from .session_settings import CPU, CUDA
+from .session_settings import CPU, CUDA, CpuKernels
 
 if TYPE_CHECKING:
     from ..calibrate.families.base import Denoiser, Family
@@ -92,7 +92,7 @@ class OnnxRuntimeEngine(LoadedEngine):
         if wanted[0] == CUDA:
             load_cuda_libraries()
         source = ModelSource(self.path)
-        self.kernels = choose_products(kernels, wanted[0], source.load)
+        self.kernels = choose_products(kernels, wanted[0], source)
         model = _model_of(source, options, self.kernels, extra_outputs)
         self._session: Any = _open(self.path, model, options, wanted, given)
         del model

@@ -23,7 +23,7 @@ from ..calibrate.schemes import (
     preset_bits,
 )
 from ..errors import InputError
-from .session_settings import parse_provider_options, parse_session_options
+from .session_settings import CpuKernels, parse_provider_options, parse_session_options
 from .targets.options import TargetOptions
 
 if sys.version_info >= (3, 11):
@@ -149,6 +149,7 @@ class ValidateOptions(ProofOptions):
     provider: str | None = None
     session_option: tuple[str, ...] = ()
     provider_option: tuple[str, ...] = ()
+    cpu_kernels: CpuKernels = "auto"
 
     @field_validator("session_option")
     @classmethod
@@ -164,7 +165,8 @@ class ValidateOptions(ProofOptions):
 
     def check_engine(self) -> None:
         """Raise `InputError` for flags that the engine would not read."""
-        given = {"provider", "session_option", "provider_option"} & self.model_fields_set
+        read = {"provider", "session_option", "provider_option", "cpu_kernels"}
+        given = read & self.model_fields_set
         if given and not self.engine.startswith("onnxruntime"):
             flag = min(given).replace("_", "-")
             raise InputError(

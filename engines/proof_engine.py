@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 from ..calibrate.checkpoint import QuantizedCheckpoint
 from ..calibrate.families.base import Denoiser, Family
 from ..files import sha256_of_file
+from .cpu_kernels.choice import choose_products
+from .model_source import ModelSource
 from .onnxruntime_engine import OnnxRuntimeEngine, check_available
 from .parity_internals import ExposedValues, exposed_values
-from .session_settings import CPU, providers_of
+from .session_settings import CPU, CpuKernels, providers_of
 
 if TYPE_CHECKING:
     from .torch_engine.engine import TorchEngine
@@ -80,6 +82,7 @@ class OnnxRuntimeProof:
         provider: str | None = None,
         session_options: Mapping[str, str] | None = None,
         provider_options: Mapping[str, str] | None = None,
+        kernels: CpuKernels = "auto",
     ) -> None:
         self.path = path
         self._providers = providers_of(provider)
@@ -91,17 +94,22 @@ class OnnxRuntimeProof:
         self.dtype = dtype
         self._threads = threads
         self._fold_weights = fold_weights
+        self._kernels = kernels
+        # What multiplies grouped weights and activations; refused here where it cannot be had.
+        self.products = choose_products(kernels, self._providers[0], ModelSource(path))
 
     @property
     def what(self) -> str:
         return str(self.path)
 
     def identity(self) -> dict[str, Any]:
+        ours = {"products": self.products.units} if self.products.is_ours else {}
         return {
             "file": sha256_of_file(self.path),
             "providers": self._providers,
             "session_options": self._session_options,
             "provider_options": self._provider_options,
+            **ours,
         }
 
     def exposed(self) -> ExposedValues:
@@ -120,6 +128,7 @@ class OnnxRuntimeProof:
             providers=self._providers,
             session_options=self._session_options,
             provider_options=self._provider_options,
+            kernels=self._kernels,
         )
 
 
@@ -140,6 +149,7 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
         provider: str | None = None,
         session_options: Mapping[str, str] | None = None,
         provider_options: Mapping[str, str] | None = None,
+        kernels: CpuKernels = "auto",
     ) -> None:
         super().__init__(
             path,
@@ -148,6 +158,7 @@ class OnnxRuntimeTargetProof(OnnxRuntimeProof):
             provider=provider,
             session_options=session_options,
             provider_options=provider_options,
+            kernels=kernels,
         )
         self.name = name
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from ..errors import InputError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What multiplies grouped weights and activations on a CPU (`cpu_kernels/choice.py`).
+CpuKernels = Literal["auto", "qdit", "onnxruntime"]
 # What people call them on other tools' command lines.
 _SHORT = {"cpu": CPU, "cuda": CUDA}
 
@@ -20,6 +23,14 @@ def providers_of(provider: str | None, device: str = "cpu") -> list[str]:
         provider = CUDA if device.startswith("cuda") else CPU
     provider = _SHORT.get(provider, provider)
     return [provider] if provider == CPU else [provider, CPU]
+
+
+def checked_kernels(word: str) -> CpuKernels:
+    """'auto', 'qdit' or 'onnxruntime'. Raises `InputError` for another word."""
+    for known in get_args(CpuKernels):
+        if word == known:
+            return known
+    raise InputError(f"CPU kernels are one of {', '.join(get_args(CpuKernels))}, got {word!r}")
 
 
 def parse_session_options(entries: Sequence[str]) -> dict[str, str]:

@@ -39,6 +39,8 @@ def run_validate(
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
+    if isinstance(engine, OnnxRuntimeProof) and engine.products.is_notable:
+        progress.say(f"{options.engine}: {engine.products}")
     if options.engine in _TARGET_ENGINES:
         checkpoint = as_computed(checkpoint, _target_file(options))
     if options.threads is not None:
@@ -87,6 +89,7 @@ def _engine(
         "provider": options.provider or (CUDA if options.engine == "onnxruntime-cuda" else None),
         "session_options": parse_session_options(options.session_option),
         "provider_options": parse_provider_options(options.provider_option),
+        "kernels": options.cpu_kernels,
     }
     if options.engine in _TARGET_ENGINES:
         file = _target_file(options)

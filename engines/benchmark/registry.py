@@ -72,6 +72,9 @@ IN_ONNX_RUNTIME = (
     "ort-dynamic",
 )
 
+# What reads RunSettings.cpu_kernels: the one file that has products of grouped activations.
+HAS_CPU_KERNELS = "onnxruntime"
+
 
 def registrations(names: Sequence[str]) -> list[Registration]:
     """The registrations of `names`, in order; `InputError` for an unknown or repeated name."""

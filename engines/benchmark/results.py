@@ -37,8 +37,9 @@ class Row:
     `images_per_s` is batch / median latency of one denoiser call; a sampler of n steps makes an
     n-th of it (half of that again under classifier-free guidance). Memory is the worker process's
     resident peak during the timed runs, its libraries and weights included; device memory is what
-    torch allocated on the accelerator. `profile` is where a call's time goes by kind of operator;
-    None where it was not asked for, or the runtime does not tell.
+    torch allocated on the accelerator. `products` says what multiplies grouped weights and
+    activations on a CPU, None where a target has none. `profile` is where a call's time goes by
+    kind of operator; None where it was not asked for, or the runtime does not tell.
     """
 
     target: str
@@ -48,6 +49,7 @@ class Row:
     file_bytes: int | None = None
     error: str | None = None
     device: str | None = None
+    products: str | None = None
     load_s: float | None = None
     load_peak_memory_bytes: int | None = None
     first_run_ms: float | None = None
@@ -69,6 +71,7 @@ class Row:
             "file_bytes": self.file_bytes,
             "error": self.error,
             "device": self.device,
+            "products": self.products,
             "load_s": self.load_s,
             "load_peak_memory_bytes": self.load_peak_memory_bytes,
             "first_run_ms": self.first_run_ms,

@@ -158,6 +158,7 @@ def _new_row(lane: Lane, batch: int) -> Row:
         file_bytes=loaded.get("weight_bytes") if file_bytes is None else file_bytes,
         error=lane.error,
         device=loaded.get("device"),
+        products=loaded.get("products"),
         load_s=loaded.get("seconds"),
         load_peak_memory_bytes=loaded.get("load_peak_memory_bytes"),
     )

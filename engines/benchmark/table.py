@@ -16,7 +16,7 @@ def print_results(results: BenchmarkResults) -> None:
     """Print table and failures to stdout, at full width where no terminal limits it."""
     console = table_console()
     console.print(results_table(results))
-    for line in failures(results):
+    for line in [*products(results), *failures(results)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -64,6 +64,12 @@ def _cells(results: BenchmarkResults, row: Row) -> list[str]:
 
 def _with_ratio(value: int | None, compared: float | None) -> str:
     return size(value) if compared is None else f"{size(value)} {ratio(compared)}"
+
+
+def products(results: BenchmarkResults) -> list[str]:
+    """One line a target that has products which might be qdit's own, with what it ran by."""
+    lines = {row.target: row.products for row in results.rows if row.products is not None}
+    return [f"{target}: {line}" for target, line in lines.items()]
 
 
 def failures(results: BenchmarkResults) -> list[str]:

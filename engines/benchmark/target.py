@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..session_settings import CpuKernels
+
 if TYPE_CHECKING:  # the worker of an ONNX target must not load torch: it would count as its memory
     from .operator_times import OperatorTime
     from .subject import Subject
@@ -20,8 +22,9 @@ Inputs = Mapping[str, np.ndarray]
 class RunSettings:
     """What every worker is told: `device` 'cpu', 'cuda' or 'cuda:N', and CPU `threads`.
 
-    The last three are for what runs in ONNX Runtime: the execution provider in place of the
-    device's, entries of its session configuration, and options of the provider.
+    The others are for what runs in ONNX Runtime: the execution provider in place of the device's,
+    entries of its session configuration, options of the provider, and, for the file that has
+    products of grouped weights and activations, what multiplies them on a CPU.
     """
 
     device: str
@@ -29,6 +32,7 @@ class RunSettings:
     provider: str | None = None
     session_options: dict[str, str] = field(default_factory=dict)
     provider_options: dict[str, str] = field(default_factory=dict)
+    cpu_kernels: CpuKernels = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,15 @@ class Profiled(Protocol):
 
     def profile(self) -> list[OperatorTime]:
         """Some untimed calls on the bound inputs under the runtime's profiler, longest first."""
+
+
+@runtime_checkable
+class NamesProducts(Protocol):
+    """A runner that may multiply grouped weights and activations in more than one way."""
+
+    @property
+    def products(self) -> str | None:
+        """What does, in a line; None where the file has no such products."""
 
 
 class Target(Protocol):

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 from ...errors import QditError
 from .memory import PeakMemory
 from .registry import Registration
-from .target import Prepared, Profiled, Runner, RunSettings
+from .target import NamesProducts, Prepared, Profiled, Runner, RunSettings
 
 # Runs faster than this are preceded by an untimed one: the other targets' turns have emptied the
 # caches, and a sampling loop calls the same target again and again.
@@ -47,6 +47,7 @@ class Worker:
             "seconds": time.perf_counter() - started,
             "device": self.runner.device,
             "weight_bytes": self.runner.weight_bytes,
+            "products": self.runner.products if isinstance(self.runner, NamesProducts) else None,
             "load_peak_memory_bytes": self.memory.peak(),
         }
 

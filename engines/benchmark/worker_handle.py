@@ -66,7 +66,8 @@ class WorkerHandle:
         self._errors.close()
 
     def load(self, prepared: Prepared) -> dict[str, Any]:
-        """Load the target; returns seconds, device, weight_bytes, load_peak_memory_bytes."""
+        """Load the target; returns seconds, device, weight_bytes, products,
+        load_peak_memory_bytes."""
         return self._ask(
             "load",
             registration=asdict(self.registration),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
 
 from ...errors import ArtifactError, InputError, QditError
-from ..session_settings import CPU
+from ..model_source import ModelSource
+from ..session_settings import CPU, CpuKernels, checked_kernels
 from .build import build_library
 from .machine import library_units, machine_obstacle
-from .swap import count_products
+from .swap import REPLACED, count_products
 
-if TYPE_CHECKING:
-    import onnx
-
-CpuKernels = Literal["auto", "qdit", "onnxruntime"]
 NOTHING_TO_TAKE = "the file has no MatMulNBits at accuracy level 4"
 
 
@@ -48,11 +43,9 @@ class Products:
         return f"ONNX Runtime's own products: {self.reason}"
 
 
-def choose_products(
-    wanted: CpuKernels, provider: str, load: Callable[[], onnx.ModelProto]
-) -> Products:
-    """Our products where `provider` is the CPU's, the model (`load`) has nodes for them, and the
-    machine can run and compile them; else ONNX Runtime's.
+def choose_products(wanted: CpuKernels, provider: str, source: ModelSource) -> Products:
+    """Our products where `provider` is the CPU's, the model has nodes for them, and the machine can
+    run and compile them; else ONNX Runtime's.
 
     1. 'auto': ours if they can be had, else ONNX Runtime's with the reason.
     2. 'qdit': ours; `InputError` with the reason where they cannot be had.
@@ -60,13 +53,9 @@ def choose_products(
 
     Raises `InputError` for any other word.
     """
-    if wanted not in get_args(CpuKernels):
-        raise InputError(
-            f"CPU kernels are one of {', '.join(get_args(CpuKernels))}, got {wanted!r}"
-        )
-    if wanted == "onnxruntime":
+    if checked_kernels(wanted) == "onnxruntime":
         return Products(reason="they were asked for")
-    found = _find(provider, load)
+    found = _find(provider, source)
     if wanted == "qdit" and not found.is_ours:
         raise InputError(
             f"qdit's own products were asked for and cannot be used: {found.reason}; leave it to "
@@ -75,13 +64,15 @@ def choose_products(
     return found
 
 
-def _find(provider: str, load: Callable[[], onnx.ModelProto]) -> Products:
+def _find(provider: str, source: ModelSource) -> Products:
     if provider != CPU:
         return Products(reason=f"the file runs by {provider}, and ours are a CPU's")
+    if not source.mentions(REPLACED):  # most files: they are not read for it
+        return Products(reason=NOTHING_TO_TAKE)
     if why := machine_obstacle():
         return Products(reason=why)
     try:
-        nodes = count_products(load())
+        nodes = count_products(source.load())
     except ArtifactError as error:  # ONNX Runtime reads it next, and says what it makes of it
         return Products(reason=str(error))
     if nodes == 0:

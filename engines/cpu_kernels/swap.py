@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import onnx
 
 DOMAIN, OPERATOR = "qdit.cpu", "GroupwiseMatMul"
-_FROM_DOMAIN, _FROM_OPERATOR = "com.microsoft", "MatMulNBits"
+_FROM_DOMAIN, REPLACED = "com.microsoft", "MatMulNBits"
 _VERSION = 1
 _INTEGER_LEVEL = 4
 _SMALLEST_GROUP = 32
@@ -67,7 +67,7 @@ def swap_products(model: onnx.ModelProto) -> int:
 
 
 def _is_taken(node: onnx.NodeProto, graph: _Graph) -> bool:
-    if node.op_type != _FROM_OPERATOR or node.domain != _FROM_DOMAIN:
+    if node.op_type != REPLACED or node.domain != _FROM_DOMAIN:
         return False
     attributes = {entry.name: entry.i for entry in node.attribute}
     return attributes.keys() <= _ATTRIBUTES and _is_ours(attributes) and _is_constant(node, graph)

@@ -58,7 +58,8 @@ class TargetEntry(Entry):
     was checked against; `changes`: what it does otherwise than the plan, '' for nothing;
     `requested`: linears by the precision that the file asks for; `file_vs_simulation`: relative
     error of the predicted noise, the file in ONNX Runtime against the simulation, null where it was
-    not measured; `no_engine`: why none was built, null where one was.
+    not measured; `compared_by`: whose products made it, '' for ONNX Runtime's own where there is no
+    choice; `no_engine`: why none was built, null where one was.
     """
 
     name: str
@@ -70,6 +71,7 @@ class TargetEntry(Entry):
     requested: dict[str, int]
     file_vs_simulation: float | None = None
     compared_inputs: int = Field(default=0, ge=0)
+    compared_by: str = ""  # records of before have none
     engine: EngineEntry | None = None
     no_engine: str | None = None
     commands: tuple[CommandEntry, ...] = ()

@@ -45,7 +45,8 @@ def _notes(entry: TargetEntry) -> str:
     kept = (
         "passed its self-test in" if entry.name.startswith("onnxruntime") else "keeps every rule of"
     )
-    notes = [f"{kept} {entry.checked_for}"]
+    by = f" ({entry.compared_by})" if entry.compared_by else ""
+    notes = [f"{kept} {entry.checked_for}{by}"]
     if entry.changes:
         notes.append(entry.changes)
     if entry.engine is not None and entry.engine.fallbacks:

@@ -184,8 +184,10 @@ def _write_file(
         facts = facts_json(job.workspace.run(target, inputs, work) / _FACTS)
     numbers: dict[str, Any] = facts["numbers"]
     error = numbers["file_vs_simulation"]
+    by = numbers.get("compared_by")  # steps finished by an older version have none
     job.progress.say(
         f"{target}: {error:.2g} from the simulation on {numbers['compared_inputs']} inputs"
+        + (f", by {by}" if by else "")
     )
     return numbers
 

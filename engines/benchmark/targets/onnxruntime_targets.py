@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ...session_settings import providers_of
+from ...session_settings import CpuKernels, providers_of
 from ..target import Inputs, Prepared, Runner, RunSettings
 
 _PROFILE_WARM_UP, _PROFILED_RUNS = 2, 5
@@ -24,7 +24,14 @@ class OnnxRuntimeRunner:
 
     weight_bytes: int | None = None
 
-    def __init__(self, path: Path, settings: RunSettings, *, fold_weights: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: RunSettings,
+        *,
+        fold_weights: bool = True,
+        kernels: CpuKernels = "auto",
+    ) -> None:
         from ...onnxruntime_engine import OnnxRuntimeEngine
 
         self.device = settings.device
@@ -36,8 +43,11 @@ class OnnxRuntimeRunner:
             provider_options=settings.provider_options,
             threads=settings.threads,
             fold_weights=fold_weights,
+            kernels=kernels,
         )
         self._engine = self._open()
+        products = self._engine.kernels
+        self.products = str(products) if products.is_notable else None
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
 
@@ -137,7 +147,8 @@ class OnnxRuntimeTarget:
         return Prepared({"path": str(path)}, onnx_bytes(path))
 
     def load(self, prepared: Prepared, settings: RunSettings) -> Runner:
-        return OnnxRuntimeRunner(Path(prepared.settings["path"]), settings)
+        path = Path(prepared.settings["path"])
+        return OnnxRuntimeRunner(path, settings, kernels=settings.cpu_kernels)
 
 
 class OnnxRuntimeCudaTarget(OnnxRuntimeTarget):
