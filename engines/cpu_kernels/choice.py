@@ -39,7 +39,8 @@ class Products:
 
     def __str__(self) -> str:
         if self.is_ours:
-            return f"qdit's own products by {self.units} ({self.nodes} nodes)"
+            nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
+            return f"qdit's own products by {self.units} ({nodes})"
         return f"ONNX Runtime's own products: {self.reason}"
 
 

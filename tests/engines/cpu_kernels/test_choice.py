@@ -45,7 +45,7 @@ def test_ours_where_they_can_be_had(
     assert found.is_ours
     assert found.is_notable
     assert (found.library, found.nodes, found.units) == (able, 1, "AMX")
-    assert str(found) == "qdit's own products by AMX (1 nodes)"
+    assert str(found) == "qdit's own products by AMX (1 node)"
 
 
 def _other_level(source: ModelSource, patch: pytest.MonkeyPatch) -> None:

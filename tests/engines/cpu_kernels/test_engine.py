@@ -56,7 +56,7 @@ def _infer(path: Path, kernels: choice.CpuKernels = "auto", **settings: object) 
 
 def test_auto_takes_ours_and_says_so(path: Path) -> None:
     engine = OnnxRuntimeEngine(path)
-    assert str(engine.kernels) == "qdit's own products by plain C (1 nodes)"
+    assert str(engine.kernels) == "qdit's own products by plain C (1 node)"
     np.testing.assert_array_equal(engine.infer({"A": _X})["y"], _infer(path, "qdit"))
     assert not OnnxRuntimeEngine(path, kernels="onnxruntime").kernels.is_ours
 
@@ -97,7 +97,7 @@ def test_a_self_test_that_fails_names_them_and_the_way_around(path: Path) -> Non
     replace(right, outputs={"y": 1.5 * right.outputs["y"]}).write(probe_path(path))
     with pytest.raises(
         SelfTestError,
-        match=r"with qdit's own products by plain C \(1 nodes\) computes .*use --cpu-kernels "
+        match=r"with qdit's own products by plain C \(1 node\) computes .*use --cpu-kernels "
         "onnxruntime, another version",
     ):
         OnnxRuntimeEngine(path)
