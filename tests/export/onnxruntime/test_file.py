@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,8 @@ from qdit.calibrate.checkpoint import QuantizedCheckpoint
 from qdit.calibrate.model import DiffusionModel
 from qdit.calibrate.plan import QuantizationPlan, uniform_plan
 from qdit.calibrate.schemes import LayerScheme
+from qdit.engines.cpu_kernels import choice
+from qdit.engines.cpu_kernels.build import build_library
 from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.errors import InputError
 from qdit.export.capabilities import computed_plan, realizations
@@ -136,7 +140,7 @@ class LinearRun:
     error: float
 
 
-def _run_linears(case: Case, **session: bool) -> list[LinearRun]:
+def _run_linears(case: Case, **session: Any) -> list[LinearRun]:
     linears = case.linears()
     names = sorted({str(entry[key]) for entry in linears.values() for key in ("input", "output")})
     engine = OnnxRuntimeEngine(case.path, extra_outputs=names, threads=1, **session)
@@ -152,10 +156,24 @@ def _run_linears(case: Case, **session: bool) -> list[LinearRun]:
     return runs
 
 
-@pytest.fixture(scope="session", params=["engine", "node by node"])
+# How a file may be run: as the engine does by itself, with whosever products this machine has;
+# with ONNX Runtime's; with our own, the portable ones; and without any optimization.
+_RUNS: dict[str, dict[str, Any]] = {
+    "engine": {},
+    "ONNX Runtime's products": {"kernels": "onnxruntime"},
+    "our own products": {"kernels": "auto"},
+    "node by node": {"fold_weights": False, "optimize": False},
+}
+
+
+@pytest.fixture(scope="session", params=list(_RUNS))
 def runs(mixed: list[Case], request: pytest.FixtureRequest) -> list[LinearRun]:
-    options = {} if request.param == "engine" else {"fold_weights": False, "optimize": False}
-    return [run for case in mixed for run in _run_linears(case, **options)]
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "our own products":
+            patch.setattr(choice, "machine_obstacle", lambda: "")
+            patch.setattr(choice, "build_library", partial(build_library, "plain"))
+            patch.setattr(choice, "library_units", lambda library: "plain C")
+        return [run for case in mixed for run in _run_linears(case, **_RUNS[request.param])]
 
 
 _IDS = [f"{form}:{scheme.label.replace(' ', '')}" for form, scheme in [*CASES, *ADALN]]
