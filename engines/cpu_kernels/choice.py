@@ -12,6 +12,7 @@ from .build import build_library
 from .machine import library_units, machine_obstacle
 from .swap import REPLACED, count_products
 
+_LINE = "\n"
 NOTHING_TO_TAKE = "the file has no MatMulNBits at accuracy level 4"
 
 
@@ -20,7 +21,8 @@ class Products:
     """What multiplies grouped weights and activations in a session.
 
     `library` is that of our own products, which take `nodes` nodes by the instructions `units`;
-    None for ONNX Runtime's own, for that `reason`. As text it is one line for people.
+    None for ONNX Runtime's own, for that `reason`, which may hold a compiler's log. As text it is
+    one line for people.
     """
 
     library: Path | None = None
@@ -41,7 +43,7 @@ class Products:
         if self.is_ours:
             nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"
             return f"qdit's own products by {self.units} ({nodes})"
-        return f"ONNX Runtime's own products: {self.reason}"
+        return f"ONNX Runtime's own products: {self.reason.partition(_LINE)[0]}"
 
 
 def choose_products(wanted: CpuKernels, provider: str, source: ModelSource) -> Products:
@@ -82,7 +84,7 @@ def _find(provider: str, source: ModelSource) -> Products:
         library = build_library()
         units = library_units(library)
     except QditError as error:
-        return Products(reason=" ".join(str(error).split()))
+        return Products(reason=str(error))
     if not units:
         return Products(reason="the operating system gives no use of AVX512-VNNI")
     return Products(library, nodes, units)
