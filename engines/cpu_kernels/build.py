@@ -18,7 +18,7 @@ from ...errors import InputError
 from ...files import atomic_path, cache_folder
 from .compiler import Compiler, find_compiler
 
-Products = Literal["fast", "plain"]
+Products = Literal["fast", "plain", "emulated"]
 
 SOURCES = Path(__file__).parent / "c"
 NO_COMPILER = "no C compiler; install one, or qdit[cpu], which brings one"
@@ -35,11 +35,13 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wl,-z,defs",
 )
-_LIBRARIES = ("-lm",)
+_LIBRARIES = ("-lm", "-pthread")
+# The matrix unit's tiles in plain C: the path of AMX on a machine without it, for tests.
+_DEFINES: dict[Products, tuple[str, ...]] = {"emulated": ("-DQDIT_EMULATED_TILES",)}
 
 
 def build_library(products: Products = "fast") -> Path:
-    """The operator's library, with the products of that kind ('plain' are for tests).
+    """The operator's library, with the products of that kind; 'plain' and 'emulated' are for tests.
 
     Without a compiler, a library that another one made of the same sources will do. Raises
     `InputError` where there is neither, or `$CC` names nothing, and `StepError` with the
@@ -57,7 +59,7 @@ def build_library(products: Products = "fast") -> Path:
     identity = (*compiler.command, *compiler.options, compiler.version())
     path = folder / f"{name}-{_digest(part.encode() for part in identity)}.so"
     if not path.is_file():
-        _compile(compiler, sources, path)
+        _compile(compiler, [*_DEFINES.get(products, ()), *map(str, sources)], path)
     return path
 
 
@@ -85,7 +87,6 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _compile(compiler: Compiler, sources: Iterable[Path], path: Path) -> None:
+def _compile(compiler: Compiler, inputs: Iterable[str], path: Path) -> None:
     with atomic_path(path) as fresh, TemporaryDirectory(prefix="qdit-cc-") as scratch:
-        files = [str(source) for source in sources]
-        compiler.compile([*FLAGS, "-o", str(fresh), *files, *_LIBRARIES], Path(scratch))
+        compiler.compile([*FLAGS, "-o", str(fresh), *inputs, *_LIBRARIES], Path(scratch))

@@ -1,10 +1,12 @@
-"""A model's `MatMulNBits` at accuracy level 4 → our own operator of the same constants."""
+"""A model's quantization of rows and `MatMulNBits` at accuracy level 4 → our own operator."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from .quantized_rows import GraphView, QuantizedRows, find_quantized_rows
 
 if TYPE_CHECKING:
     import onnx
@@ -16,61 +18,58 @@ _INTEGER_LEVEL = 4
 _SMALLEST_GROUP = 32
 _SIZES = ("K", "N", "bits", "block_size")
 _ATTRIBUTES = {*_SIZES, "accuracy_level"}
-# MatMulNBits' inputs by position; ours are the same without the group indices.
+# MatMulNBits' inputs by position; ours after the rows are the same without the group indices.
 _GROUP_INDICES = 4
-_TAKEN = (0, 1, 2, 3, 5)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """What a node's inputs are looked up in: initializers, but those that a caller may replace."""
-
-    constants: Mapping[str, onnx.TensorProto]
-
-    @classmethod
-    def of(cls, graph: onnx.GraphProto) -> _Graph:
-        inputs = {value.name for value in graph.input}
-        return cls({one.name: one for one in graph.initializer if one.name not in inputs})
-
-    def holds(self, name: str, elements: Set[int]) -> bool:
-        """Whether `name` is a constant of one of these element types."""
-        constant = self.constants.get(name)
-        return constant is not None and constant.data_type in elements
+_TAKEN = (1, 2, 3, 5)
 
 
 def count_products(model: onnx.ModelProto) -> int:
     """How many nodes `swap_products` would replace."""
-    graph = _Graph.of(model.graph)
-    return sum(_is_taken(node, graph) for node in model.graph.node)
+    view = GraphView(model.graph)
+    return sum(_rows_of(node, view) is not None for node in model.graph.node)
 
 
 def swap_products(model: onnx.ModelProto) -> int:
     """Replace `com.microsoft::MatMulNBits` by `qdit.cpu::GroupwiseMatMul`; how many nodes it were.
 
-    Requires: external data may be absent; only types and names of initializers are read.
-    Ensures: the same inputs, outputs and names; initializers as they were. Cases:
+    Requires: external data may be absent; of initializers, types and the values of small ones are
+    read.
+    Ensures: the same inputs, outputs and names of products; initializers as they were. Cases:
 
     1. Accuracy level 4 (activations quantized in blocks), 4 or 8 bits, blocks of a multiple of 32
-       that divide K, float32 scales: replaced, its bias and zero points with it.
-    2. Kept: another level, block or number of bits; group indices, zero points that are no uint8,
+       that divide K, float32 scales, fed with rows that the graph quantizes in the same blocks
+       (`find_quantized_rows`): replaced, its bias and zero points with it. The operator reads the
+       rows themselves and quantizes them; what did so before goes where nothing else needs it.
+    2. Kept: other rows. Those of weight-only adaLN are three a sample, and few rows are what
+       MatMulNBits is fastest at.
+    3. Kept: another level, block or number of bits; group indices, zero points that are no uint8,
        attributes that are not MatMulNBits' first ones; whatever the graph computes or a caller may
        replace in place of a constant; nodes within the branches of others.
     """
-    graph, count = _Graph.of(model.graph), 0
+    view, replaced = GraphView(model.graph), []
     for node in model.graph.node:
-        if _is_taken(node, graph):
-            _swap(node)
-            count += 1
-    if count and all(entry.domain != DOMAIN for entry in model.opset_import):
+        if rows := _rows_of(node, view):
+            replaced.append(node.input[0])
+            _swap(node, rows)
+    _remove_unused(model.graph, replaced)
+    if replaced and all(entry.domain != DOMAIN for entry in model.opset_import):
         model.opset_import.add(domain=DOMAIN, version=_VERSION)
-    return count
+    return len(replaced)
 
 
-def _is_taken(node: onnx.NodeProto, graph: _Graph) -> bool:
+def _rows_of(node: onnx.NodeProto, view: GraphView) -> QuantizedRows | None:
+    """The rows of a node that is to be replaced, None for others."""
     if node.op_type != REPLACED or node.domain != _FROM_DOMAIN:
-        return False
-    attributes = {entry.name: entry.i for entry in node.attribute}
-    return attributes.keys() <= _ATTRIBUTES and _is_ours(attributes) and _is_constant(node, graph)
+        return None
+    given = {entry.name: entry.i for entry in node.attribute}
+    if not given.keys() <= _ATTRIBUTES or not _is_ours(given) or not _is_constant(node, view):
+        return None
+    rows = find_quantized_rows(view, node.input[0])
+    return (
+        rows
+        if rows and rows.group == given["block_size"] and rows.first % rows.group == 0
+        else None
+    )
 
 
 def _is_ours(attributes: Mapping[str, int]) -> bool:
@@ -84,7 +83,7 @@ def _is_ours(attributes: Mapping[str, int]) -> bool:
     )
 
 
-def _is_constant(node: onnx.NodeProto, graph: _Graph) -> bool:
+def _is_constant(node: onnx.NodeProto, view: GraphView) -> bool:
     from onnx import TensorProto
 
     floats, bytes_ = {TensorProto.FLOAT}, {TensorProto.UINT8}
@@ -93,23 +92,45 @@ def _is_constant(node: onnx.NodeProto, graph: _Graph) -> bool:
     return (
         len(inputs) == _TAKEN[-1] + 1
         and not inputs[_GROUP_INDICES]
-        and graph.holds(weight, bytes_)
-        and graph.holds(scale, floats)
-        and (not zero_points or graph.holds(zero_points, bytes_))
-        and (not bias or graph.holds(bias, floats))
+        and _holds(view, weight, bytes_)
+        and _holds(view, scale, floats)
+        and (not zero_points or _holds(view, zero_points, bytes_))
+        and (not bias or _holds(view, bias, floats))
     )
 
 
-def _swap(node: onnx.NodeProto) -> None:
+def _holds(view: GraphView, name: str, elements: Set[int]) -> bool:
+    """Whether `name` is a constant of one of these element types."""
+    constant = view.constants.get(name)
+    return constant is not None and constant.data_type in elements
+
+
+def _swap(node: onnx.NodeProto, rows: QuantizedRows) -> None:
     from onnx import helper
 
-    given = list(node.input)
-    inputs = [given[place] if place < len(given) else "" for place in _TAKEN]
+    given = [*node.input, *[""] * (_TAKEN[-1] + 1 - len(node.input))]
+    inputs = [rows.source, *(given[place] for place in _TAKEN), rows.signs]
     while not inputs[-1]:
         inputs.pop()
     attributes: dict[str, Any] = {"bits": 4}
     attributes |= {entry.name: entry.i for entry in node.attribute if entry.name in _SIZES}
+    attributes |= {"first": rows.first, "width": rows.width}
     node.op_type, node.domain = OPERATOR, DOMAIN
     del node.input[:], node.attribute[:]
     node.input.extend(inputs)
-    node.attribute.extend(helper.make_attribute(name, attributes[name]) for name in _SIZES)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+
+
+def _remove_unused(graph: onnx.GraphProto, names: list[str]) -> None:
+    """Remove what makes these values and, with them, has no use any more."""
+    uses = Counter(name for node in graph.node for name in node.input)
+    uses.update(value.name for value in graph.output)
+    makers = {name: node for node in graph.node for name in node.output}
+    unused = [name for name in names if not uses[name]]
+    while unused:
+        node = makers.pop(unused.pop(), None)
+        if node is None or any(uses[name] for name in node.output):
+            continue
+        uses.subtract(node.input)
+        unused.extend(name for name in node.input if not uses[name])
+        graph.node.remove(node)

@@ -1,9 +1,11 @@
 /* The operator qdit.cpu::GroupwiseMatMul for ONNX Runtime: a linear of product.h as a node.
  *
- *   A [..., K] float, B, scales, zero_points?, bias?  ->  Y [..., N] float
+ *   A [..., width] float, B, scales, zero_points?, bias?, signs?  ->  Y [..., N] float
  *
  * Inputs 1 to 4 and the attributes K, N, bits and block_size are those of com.microsoft's
- * MatMulNBits, and constants: the kernel reads them where the session keeps them. Jobs run on the
+ * MatMulNBits. The linear's inputs are the K channels of A from `first` (0) on, of `width` (K); the
+ * quantized groups of A are multiplied by `signs` [width/block_size], +1 or -1. All inputs but A are constants:
+ * the kernel reads them where the session keeps them. Jobs run on the
  * session's own threads. Scratch comes from the allocator of the session's tensors, call by call,
  * so that calls may overlap; its arena hands the same warm memory out again. */
 #include <inttypes.h>
@@ -20,6 +22,7 @@ typedef struct {
     const OrtApi *api;
     OrtAllocator *allocator;
     QditLinear linear;
+    int64_t first; /* the channel of A that is the linear's first one */
 } Kernel;
 
 /* One call, as its jobs see it. */
@@ -29,25 +32,35 @@ typedef struct {
     int64_t rows;
     void *scratch;
     float *y;
+    atomic_int failed; /* some job had no memory */
 } Call;
 
 static void quantize(void *data, size_t job) {
-    const Call *call = data;
-    qdit_quantize_job(call->linear, call->x, call->rows, call->scratch, (int64_t)job);
+    Call *call = data;
+    if (qdit_quantize_job(call->linear, call->x, call->rows, call->scratch, (int64_t)job) != 0) {
+        atomic_store(&call->failed, 1);
+    }
 }
 
 static void multiply(void *data, size_t job) {
-    const Call *call = data;
-    qdit_product_job(call->linear, call->rows, call->scratch, call->y, (int64_t)job);
+    Call *call = data;
+    if (qdit_product_job(call->linear, call->rows, call->scratch, call->y, (int64_t)job) != 0) {
+        atomic_store(&call->failed, 1);
+    }
 }
 
 static OrtStatus *run_jobs(const OrtApi *api, const OrtKernelContext *context,
                            void (*run)(void *, size_t), int64_t count, Call *call) {
+    OrtStatus *error = NULL;
     if (count == 1) {
         run(call, 0);
-        return NULL;
+    } else if (count > 1) {
+        error = ort_parallel(api, context, run, (size_t)count, 0, call);
     }
-    return count < 1 ? NULL : ort_parallel(api, context, run, (size_t)count, 0, call);
+    if (error == NULL && atomic_load(&call->failed)) {
+        error = ort_status(api, ORT_FAIL, "no memory for a thread's part of a product");
+    }
+    return error;
 }
 
 static OrtStatus *run_call(const Kernel *kernel, const OrtKernelContext *context, Call *call) {
@@ -69,8 +82,8 @@ static OrtStatus *run_call(const Kernel *kernel, const OrtKernelContext *context
     return error;
 }
 
-/* The dimensions of A, whose last one must be K. */
-static OrtStatus *read_dims(const OrtApi *api, const OrtValue *value, int64_t k, int64_t *dims,
+/* The dimensions of A, whose last one must be `width`. */
+static OrtStatus *read_dims(const OrtApi *api, const OrtValue *value, int64_t width, int64_t *dims,
                             size_t *rank) {
     OrtShape *shape = NULL;
     OrtStatus *error = ort_get_shape(api, value, &shape);
@@ -80,9 +93,8 @@ static OrtStatus *read_dims(const OrtApi *api, const OrtValue *value, int64_t k,
         error = refuse(api, "A must have 1 to %d dimensions, got %zu", MOST_DIMENSIONS, *rank);
     }
     if (error == NULL) error = ort_dims(api, shape, dims, *rank);
-    if (error == NULL && dims[*rank - 1] != k) {
-        error = refuse(api,
-                       "the last dimension of A must be K = %" PRId64 ", got %" PRId64, k,
+    if (error == NULL && dims[*rank - 1] != width) {
+        error = refuse(api, "the last dimension of A must be %" PRId64 ", got %" PRId64, width,
                        dims[*rank - 1]);
     }
     ort_release_shape(api, shape);
@@ -98,7 +110,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     size_t rank = 0;
     void *x = NULL, *y = NULL;
     OrtStatus *error = ort_input(api, context, INPUT_A, &a);
-    if (error == NULL) error = read_dims(api, a, kernel->linear.k, dims, &rank);
+    if (error == NULL) error = read_dims(api, a, kernel->linear.stride, dims, &rank);
     if (error != NULL) return error;
     int64_t rows = 1;
     for (size_t i = 0; i + 1 < rank; i++) {
@@ -110,7 +122,7 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     error = ort_data(api, a, &x);
     if (error == NULL) error = ort_data(api, output, &y);
     if (error != NULL) return error;
-    Call call = {.linear = &kernel->linear, .x = x, .rows = rows, .y = y};
+    Call call = {.linear = &kernel->linear, .x = (const float *)x + kernel->first, .rows = rows, .y = y};
     return run_call(kernel, context, &call);
 }
 
@@ -120,7 +132,7 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
     Kernel *kernel = calloc(1, sizeof *kernel);
     if (kernel == NULL) return ort_status(api, ORT_FAIL, "no memory for a kernel");
     kernel->api = api;
-    OrtStatus *error = read_linear(api, info, &kernel->linear);
+    OrtStatus *error = read_linear(api, info, &kernel->linear, &kernel->first);
     if (error == NULL) error = ort_kernel_allocator(api, info, &kernel->allocator);
     if (error != NULL) {
         free(kernel);

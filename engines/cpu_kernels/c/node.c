@@ -8,7 +8,8 @@
 /* Keeps every product of sizes below far from the end of int64. */
 #define LARGEST_SIZE (INT64_C(1) << 28)
 
-static const char *const INPUT_NAMES[INPUT_COUNT] = {"A", "B", "scales", "zero_points", "bias"};
+static const char *const INPUT_NAMES[INPUT_COUNT] = {"A",           "B",    "scales",
+                                                     "zero_points", "bias", "signs"};
 
 OrtStatus *refuse(const OrtApi *api, const char *format, ...) {
     char message[MESSAGE_BYTES];
@@ -40,6 +41,29 @@ static OrtStatus *read_sizes(const OrtApi *api, const OrtKernelInfo *info, QditL
                       linear->k, linear->group);
     }
     linear->bits = (int)bits;
+    return NULL;
+}
+
+static int64_t attribute_or(const OrtApi *api, const OrtKernelInfo *info, const char *name,
+                            int64_t otherwise) {
+    int64_t value = 0;
+    OrtStatus *missing = ort_int_attribute(api, info, name, &value);
+    if (missing == NULL) return value;
+    ort_release_status(api, missing);
+    return otherwise;
+}
+
+/* Which channels of A are the linear's. */
+static OrtStatus *read_place(const OrtApi *api, const OrtKernelInfo *info, QditLinear *linear,
+                             int64_t *first) {
+    *first = attribute_or(api, info, "first", 0);
+    linear->stride = attribute_or(api, info, "width", linear->k);
+    if (*first < 0 || linear->stride > LARGEST_SIZE || *first > linear->stride - linear->k) {
+        return refuse(api,
+                      "K = %" PRId64 " channels from `first` on must lie within `width`, got %" PRId64
+                      " and %" PRId64,
+                      linear->k, *first, linear->stride);
+    }
     return NULL;
 }
 
@@ -89,8 +113,10 @@ static OrtStatus *read_constant(const OrtApi *api, const OrtKernelInfo *info, si
     return ort_data(api, value, data);
 }
 
-OrtStatus *read_linear(const OrtApi *api, const OrtKernelInfo *info, QditLinear *linear) {
+OrtStatus *read_linear(const OrtApi *api, const OrtKernelInfo *info, QditLinear *linear,
+                       int64_t *first) {
     OrtStatus *error = read_sizes(api, info, linear);
+    if (error == NULL) error = read_place(api, info, linear, first);
     if (error != NULL) return error;
     int64_t groups = linear->k / linear->group;
     int64_t packed = (groups * linear->bits + 7) / 8;
@@ -99,6 +125,7 @@ OrtStatus *read_linear(const OrtApi *api, const OrtKernelInfo *info, QditLinear 
         [INPUT_SCALES] = linear->n * groups,
         [INPUT_ZERO_POINTS] = linear->n * packed,
         [INPUT_BIAS] = linear->n,
+        [INPUT_SIGNS] = linear->stride / linear->group,
     };
     void *data[INPUT_COUNT] = {NULL};
     for (size_t index = INPUT_B; index < INPUT_COUNT && error == NULL; index++) {
@@ -109,5 +136,7 @@ OrtStatus *read_linear(const OrtApi *api, const OrtKernelInfo *info, QditLinear 
     linear->scale = data[INPUT_SCALES];
     linear->zero_point = data[INPUT_ZERO_POINTS];
     linear->bias = data[INPUT_BIAS];
+    const float *sign = data[INPUT_SIGNS];
+    linear->sign = sign == NULL ? NULL : sign + *first / linear->group;
     return NULL;
 }

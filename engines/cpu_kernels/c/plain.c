@@ -50,18 +50,20 @@ static float quantize_group(const float *x, int64_t size, int8_t *q) {
     return scale;
 }
 
-void qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, void *scratch,
-                       int64_t job) {
+int qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, void *scratch,
+                      int64_t job) {
     int64_t k = linear->k, group = linear->group, groups = k / group;
     int8_t *q = scratch;
     float *scale = (float *)((char *)scratch + integer_bytes(linear, rows));
     int64_t stop = least(rows, (job + 1) * ROWS_A_JOB);
     for (int64_t row = job * ROWS_A_JOB; row < stop; row++) {
         for (int64_t g = 0; g < groups; g++) {
-            int64_t at = row * k + g * group;
-            scale[row * groups + g] = quantize_group(x + at, group, q + at);
+            float *own = scale + row * groups + g;
+            *own = quantize_group(x + row * linear->stride + g * group, group, q + row * k + g * group);
+            if (linear->sign != NULL) *own *= linear->sign[g];
         }
     }
+    return 0;
 }
 
 /* The integer at `index` of a packed run that starts at `from`. */
@@ -96,8 +98,8 @@ static float product(const QditLinear *linear, const int8_t *q, const float *sca
     return linear->bias == NULL ? total : total + linear->bias[output];
 }
 
-void qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch, float *y,
-                      int64_t job) {
+int qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch, float *y,
+                     int64_t job) {
     int64_t k = linear->k, groups = k / linear->group;
     const int8_t *q = scratch;
     const float *scale = (const float *)((const char *)scratch + integer_bytes(linear, rows));
@@ -108,4 +110,5 @@ void qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratc
                 product(linear, q + row * k, scale + row * groups, output);
         }
     }
+    return 0;
 }

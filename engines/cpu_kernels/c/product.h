@@ -13,8 +13,8 @@
  *
  * A call with R rows is qdit_quantize_job for every job in 0 ... qdit_quantize_jobs - 1, then
  * qdit_product_job for every job in 0 ... qdit_product_jobs - 1, each in any order and on any
- * thread. Every quantize job has ended before the first product job starts. Nothing is kept
- * between calls, and calls with different scratch may overlap in time. */
+ * thread. Every quantize job has ended before the first product job starts. Calls with different
+ * scratch may overlap in time; what a thread keeps between them is memory alone. */
 #ifndef QDIT_PRODUCT_H
 #define QDIT_PRODUCT_H
 
@@ -32,6 +32,8 @@ typedef struct {
     const float *scale;        /* [n][k/group] */
     const uint8_t *zero_point; /* [n][ceil(k/group*bits/8)], packed as weights; NULL: 2^(bits-1) */
     const float *bias;         /* [n] or NULL */
+    const float *sign;         /* [k/group] of +1 and -1, what s_x is multiplied by; or NULL */
+    int64_t stride;            /* floats from one row of x to the next, at least k */
 } QditLinear;
 
 /* What these products run on here. 0: nothing, so they must not be called; 1: AVX512-VNNI; 2: AMX
@@ -43,14 +45,14 @@ size_t qdit_scratch_bytes(const QditLinear *linear, int64_t rows);
 
 int64_t qdit_quantize_jobs(const QditLinear *linear, int64_t rows);
 
-/* One part of x [rows][k] into scratch. */
-void qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, void *scratch,
-                       int64_t job);
+/* One part of x, rows of k `stride` apart, into scratch. 0, or 1 where there was no memory. */
+int qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, void *scratch,
+                      int64_t job);
 
 int64_t qdit_product_jobs(const QditLinear *linear, int64_t rows);
 
-/* One part of y [rows][n] from scratch; jobs write apart from one another. */
-void qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch, float *y,
-                      int64_t job);
+/* One part of y [rows][n] from scratch; jobs write apart from one another. 0, or 1 as above. */
+int qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch, float *y,
+                     int64_t job);
 
 #endif

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from qdit.calibrate.integers import MIN_SCALE
 from qdit.calibrate.quantizers import quantize_activation
 from qdit.calibrate.schemes import LayerScheme
-from qdit.engines.cpu_kernels.build import SOURCES, build_library
+from qdit.engines.cpu_kernels.build import Products, build_library
 from qdit.engines.cpu_kernels.machine import library_units, machine_obstacle
 from qdit.engines.cpu_kernels.swap import DOMAIN, OPERATOR
 
@@ -112,11 +113,60 @@ def random_rows(rows: int, k: int, seed: int = 1) -> Array:
     return x.astype(np.float32)
 
 
+def quantized_rows(
+    width: int, group: int, signs: Array | None = None
+) -> tuple[list[onnx.NodeProto], dict[str, Array]]:
+    """A [rows, width] → 'restored', its fake quantization, each group times one of `signs`; nodes
+    and constants as the onnxruntime target writes them."""
+    constants: dict[str, Array] = {
+        "grouped": np.array([0, width // group, group], np.int64),
+        "flat": np.array([0, width], np.int64),
+        "last": np.array([-1], np.int64),
+        "steps": np.float32(127.0),
+        "minus_steps": np.float32(-127.0),
+        "least": np.float32(MIN_SCALE),
+    }
+    factor = "scale"
+    node = helper.make_node
+    nodes = [
+        node("Reshape", ["A", "grouped"], ["groups"]),
+        node("ReduceMax", ["groups", "last"], ["high"], keepdims=1),
+        node("Div", ["high", "steps"], ["high_steps"]),
+        node("ReduceMin", ["groups", "last"], ["low"], keepdims=1),
+        node("Div", ["low", "minus_steps"], ["low_steps"]),
+        node("Max", ["high_steps", "low_steps", "least"], ["scale"]),
+        node(
+            "QuantizeLinear",
+            ["groups", "scale"],
+            ["integers"],
+            axis=-1,
+            block_size=group,
+            output_dtype=TensorProto.INT8,
+        ),
+        node("Cast", ["integers"], ["whole"], to=TensorProto.FLOAT),
+    ]
+    if signs is not None:
+        constants["signs"] = signs.astype(np.float32)[:, None]
+        nodes.append(node("Mul", ["scale", "signs"], ["turned"]))
+        factor = "turned"
+    nodes.append(node("Mul", ["whole", factor], ["restored_groups"]))
+    nodes.append(node("Reshape", ["restored_groups", "flat"], ["restored"]))
+    return nodes, constants
+
+
 def model_of(
-    linear: Linear, operator: str = OPERATOR, leading: tuple[str, ...] = ("rows",), **changes: Any
+    linear: Linear,
+    operator: str = OPERATOR,
+    leading: tuple[str, ...] = ("rows",),
+    *,
+    signs: Array | None = None,
+    **changes: Any,
 ) -> onnx.ModelProto:
-    """A [..., K] → y [..., N] by our operator or MatMulNBits; `changes` are attributes."""
+    """A [..., K] → y [..., N] by our operator, or by MatMulNBits on quantized rows, times `signs`;
+    `changes` are attributes."""
     constants = linear.constants()
+    nodes: list[onnx.NodeProto] = []
+    rows = "A"
     places = ["B", "scales", "zero_points", "bias"]
     attributes: dict[str, Any] = dict(linear.sizes)
     domain = DOMAIN
@@ -124,14 +174,16 @@ def model_of(
         places.insert(3, "group_indices")
         attributes["accuracy_level"] = 4
         domain = "com.microsoft"
-    inputs = ["A", *(place if place in constants else "" for place in places)]
-    node = helper.make_node(operator, inputs, ["y"], domain=domain, **attributes | changes)
+        nodes, others = quantized_rows(linear.sizes["K"], linear.group, signs)
+        constants, rows = constants | others, "restored"
+    inputs = [rows, *(place if place in constants else "" for place in places)]
+    nodes.append(helper.make_node(operator, inputs, ["y"], domain=domain, **attributes | changes))
     graph = helper.make_graph(
-        [node],
+        nodes,
         "linear",
         [helper.make_tensor_value_info("A", TensorProto.FLOAT, [*leading, "k"])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     domains = {"": 21, "com.microsoft": 1, DOMAIN: 1}
     opsets = [helper.make_opsetid(name, version) for name, version in domains.items()]
@@ -163,19 +215,17 @@ def plain_library() -> Path:
     return build_library("plain")
 
 
-def fast_library() -> Path:
+def fast_library(products: Products = "fast") -> Path:
     """The operator on this machine's products; skips the test where it has none."""
     if why := machine_obstacle():
         pytest.skip(why)
-    if not (SOURCES / "product.c").is_file():
-        pytest.skip("the sources have no product.c")
-    library = build_library("fast")
+    library = build_library(products)
     if not library_units(library):
         pytest.skip("the operating system gives no use of AVX512-VNNI")
     return library
 
 
-@pytest.fixture(scope="session", params=["plain", "fast"])
+@pytest.fixture(scope="session", params=["plain", "fast", "emulated"])
 def library(request: pytest.FixtureRequest, plain_library: Path) -> Path:
-    """The operator on each kind of products."""
-    return plain_library if request.param == "plain" else fast_library()
+    """The operator on each kind of products; 'emulated' is AMX's path without AMX."""
+    return plain_library if request.param == "plain" else fast_library(request.param)

@@ -50,7 +50,7 @@ def test_ours_where_they_can_be_had(
 
 def _other_level(source: ModelSource, patch: pytest.MonkeyPatch) -> None:
     model = source.load()
-    for entry in model.graph.node[0].attribute:
+    for entry in model.graph.node[-1].attribute:
         if entry.name == "accuracy_level":
             entry.i = 1
     onnx.save(model, source.path)
@@ -58,7 +58,7 @@ def _other_level(source: ModelSource, patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_such_operator(source: ModelSource, patch: pytest.MonkeyPatch) -> None:
-    source.load().graph.node[0].op_type = "MatMulMBits"
+    source.load().graph.node[-1].op_type = "MatMulMBits"
     onnx.save(source.load(), source.path)
     patch.setattr(ModelSource, "load", lambda self: pytest.fail("the file was read"))
 

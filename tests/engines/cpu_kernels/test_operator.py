@@ -238,7 +238,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("shape", "message"),
         [
-            ((3, 65), "the last dimension of A must be K = 64, got 65"),
+            ((3, 65), "the last dimension of A must be 64, got 65"),
             ((1,) * 16 + (64,), "A must have 1 to 16 dimensions, got 17"),
         ],
     )
