@@ -112,9 +112,37 @@ def test_profiles_name_the_operators_of_each_target(results: BenchmarkResults) -
         for row in results.rows
         if row.batch == 1
     }
-    assert "MatMulNBits" in kinds["onnxruntime"]
+    # whosever products the machine has
+    assert len(kinds["onnxruntime"] & {"MatMulNBits", "GroupwiseMatMul"}) == 1
     assert "MatMul" in kinds["fp32"]
     assert any("addmm" in kind for kind in kinds["torch"])
+
+
+def test_the_target_that_has_a_choice_of_products_says_which_it_took(
+    results: BenchmarkResults, json_file: Path
+) -> None:
+    said = {row.target: row.products for row in results.rows}
+    assert [target for target, line in said.items() if line is not None] == ["onnxruntime"]
+    ours = (said["onnxruntime"] or "").startswith("qdit's own products by ")
+    theirs = (said["onnxruntime"] or "").startswith("ONNX Runtime's own products: ")
+    assert ours != theirs
+    written = json.loads(json_file.read_text("utf-8"))
+    assert written["settings"]["cpu_kernels"] == "auto"
+    assert {row["target"]: row["products"] for row in written["results"]} == said
+
+
+def test_products_that_are_asked_for_are_taken() -> None:
+    results = bench(
+        SMALL, SCHEME, ("onnxruntime",), blocks=1, batches=(1,), cpu_kernels="onnxruntime"
+    )
+    assert results.rows[0].products == "ONNX Runtime's own products: they were asked for"
+
+
+def test_a_choice_of_products_that_nothing_would_read_is_refused() -> None:
+    with pytest.raises(InputError, match="--cpu-kernels is read by onnxruntime, got --targets fp"):
+        bench(SMALL, SCHEME, ("fp32", "qdq"), cpu_kernels="qdit")
+    with pytest.raises(InputError, match="CPU kernels are one of auto, qdit, onnxruntime, got 'x"):
+        bench(SMALL, SCHEME, ("onnxruntime",), cpu_kernels="x")
 
 
 def test_file_bytes_are_those_of_the_weights(results: BenchmarkResults) -> None:

@@ -13,7 +13,14 @@ from rich.console import Console
 
 from qdit.engines.benchmark.plot import write_plot
 from qdit.engines.benchmark.results import BenchmarkResults, Latency, Row
-from qdit.engines.benchmark.table import failures, print_results, results_table, size, three_digits
+from qdit.engines.benchmark.table import (
+    failures,
+    print_results,
+    products,
+    results_table,
+    size,
+    three_digits,
+)
 
 
 @pytest.fixture
@@ -28,6 +35,18 @@ def results() -> BenchmarkResults:
     ]
     settings = {"model": "random:DiT-XL/2", "plan": {"bits": "w4a8"}}
     return BenchmarkResults({"summary": "a machine"}, "qdit-bench …", rows, settings)
+
+
+def test_a_line_a_target_says_what_multiplied(
+    results: BenchmarkResults, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for row in results.rows:
+        if row.target == "qdq":
+            row.products = "qdit's own products by AMX (28 nodes)"
+    line = "qdq: qdit's own products by AMX (28 nodes)"
+    assert products(results) == [line]
+    print_results(results)
+    assert capsys.readouterr().out.count(line) == 1
 
 
 def test_latency_statistics_agree_with_numpy() -> None:

@@ -62,6 +62,7 @@ class TestExport:
         # the file computes what the simulation does, but for values that round the other way
         assert entry.file_vs_simulation < 5e-3
         page = (exported / "report.html").read_text()
+        assert entry.compared_by == ""  # whole rows are no MatMulNBits: there is no choice
         assert "ONNX Runtime loads the file itself" in page
         assert "passed its self-test in ONNX Runtime 1." in page
 
@@ -149,6 +150,7 @@ class TestOtherPlans:
     def test_finer_activations_are_said(self, model_folder: Path, tmp_path: Path) -> None:
         (entry,) = targets(model_folder, tmp_path, bits="w4a8", group_size=32,
                            activation_group_size=64, target="onnxruntime")  # fmt: skip
+        assert entry.compared_by.startswith(("qdit's own products", "ONNX Runtime's own products"))
         assert "quantize activations more finely" in entry.changes
         assert "w4 g32 · a8 g64 → w4 g32 · a8 g32" in entry.changes
         # compared with the simulation of what it computes
