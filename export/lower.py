@@ -35,10 +35,11 @@ def export_lowered(
     progress: Progress,
     lowering: ir.passes.PassBase | None = None,
     domains: tuple[str, ...] = STANDARD_DOMAINS,
+    inline_limit: int | None = None,
 ) -> ExportedModel:
     """Trace `denoiser` (changed in place: pass a skeleton), lower it and write it to `path`.
 
-    `lowering` and `domains` as in `lower_and_write`.
+    `lowering`, `domains` and `inline_limit` as in `lower_and_write`.
     """
     progress.say("tracing the denoiser")
     linears = [entry.spec for entry in contents.values()]
@@ -53,6 +54,7 @@ def export_lowered(
         progress=progress,
         lowering=lowering,
         domains=domains,
+        inline_limit=inline_limit,
     )
 
 
@@ -65,11 +67,13 @@ def lower_and_write(
     progress: Progress,
     lowering: ir.passes.PassBase | None = None,
     domains: tuple[str, ...] = STANDARD_DOMAINS,
+    inline_limit: int | None = None,
 ) -> ExportedModel:
     """Lower an abstract model (changed in place) and write it to `path`.
 
     `lowering` is the target's pass, the one to standard operators (`LowerQdqPass`) by default;
-    `domains` are those of the operators that its file may hold, beside functions of its own.
+    `domains` are those of the operators that its file may hold, beside functions of its own;
+    `inline_limit` as in `write_model`.
     """
     ir.passes.Sequential(
         RecordBlocksPass(),
@@ -80,7 +84,9 @@ def lower_and_write(
     model.metadata_props[DTYPE_KEY] = dtype
     model.ir_version = ir_version(model.graph.opset_imports[""])
     model.producer_name, model.producer_version = "qdit", __version__
-    exported = write_model(model, path, dtype=dtype, progress=progress, domains=domains)
+    exported = write_model(
+        model, path, dtype=dtype, progress=progress, inline_limit=inline_limit, domains=domains
+    )
     megabytes, opset = exported.byte_size / 1e6, exported.opset
     progress.say(f"wrote {path} ({megabytes:.1f} MB, opset {opset}, {dtype})")
     return exported

@@ -34,7 +34,11 @@ CUDA_FILES = [
     "quantize.cu",
     "weight_only.cu",
 ]
-C_FILES = ["custom_op.c", "node.c", "node.h", "ort_abi.h", "plain.c", "product.h"]
+C_FILES = [
+    *("custom_op.c", "multiply_amx.c", "multiply_vnni.c", "node.c", "panel.c", "plain.c"),
+    *("product.c", "rows.c", "units.c"),
+    *("node.h", "ort_abi.h", "panel.h", "panel_rows.h", "product.h", "rows.h", "simd.h", "tiles.h"),
+]
 DATA_FILES = {
     "py.typed",
     "demo/README.md",

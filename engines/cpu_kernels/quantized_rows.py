@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from ...calibrate.integers import MIN_SCALE
-
 if TYPE_CHECKING:
     import onnx
 
 _STEPS = 127.0  # of symmetric 8-bit integers
+LEAST_SCALE = 2.0**-24  # calibrate.integers.MIN_SCALE, which would bring torch with it
 
 
 @dataclass(frozen=True)
@@ -119,7 +116,7 @@ def _is_scale(view: GraphView, scale: str, groups: str) -> bool:
     return (
         _is_bound(view, high, "ReduceMax", groups, _STEPS)
         and _is_bound(view, low, "ReduceMin", groups, -_STEPS)
-        and view.numbers(least) == [float(np.float32(MIN_SCALE))]
+        and view.numbers(least) == [LEAST_SCALE]
     )
 
 

@@ -24,6 +24,10 @@ from .narrow_initializers import NarrowInitializersPass
 
 DOMAINS = (*STANDARD_DOMAINS, ORT_DOMAIN)
 
+# A CPU's file of more bytes has its weights beside it, where ONNX Runtime maps them: within it they
+# would be in memory twice while a session loads, and twice more where the engine swaps nodes.
+MAPPED_FROM = 64 << 20
+
 
 def onnxruntime_lowering(contents: Mapping[str, LinearContents]) -> ir.passes.PassBase:
     """The target's passes, for a model traced in float32."""
@@ -66,10 +70,12 @@ def export_onnxruntime(
     """Write `checkpoint` as an ONNX file for ONNX Runtime on a CPU.
 
     Inputs, output, metadata and memory are those of `export_qdq`; metadata 'qdit.linears' also
-    says what each linear became (`LowerOnnxRuntimePass`). Raises `InputError` for an opset that
-    cannot be written.
+    says what each linear became (`LowerOnnxRuntimePass`). Past `MAPPED_FROM` bytes the
+    weights lie in `<name>.data` beside it. Raises `InputError` for an opset that cannot be written.
     """
-    return _export(checkpoint, path, "float32", onnxruntime_lowering, opset, progress)
+    return _export(
+        checkpoint, path, "float32", onnxruntime_lowering, opset, progress, inline_limit=MAPPED_FROM
+    )
 
 
 def export_onnxruntime_cuda(
@@ -93,6 +99,7 @@ def _export(
     lower: Callable[[Mapping[str, LinearContents]], ir.passes.PassBase],
     opset: int,
     progress: Progress | None,
+    inline_limit: int | None = None,
 ) -> ExportedModel:
     check_opset(opset)
     contents = checkpoint_contents(checkpoint)
@@ -107,4 +114,5 @@ def _export(
         progress=progress or Silent(),
         lowering=lower(contents),
         domains=DOMAINS,
+        inline_limit=inline_limit,
     )

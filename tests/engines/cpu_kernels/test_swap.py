@@ -10,6 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from qdit.calibrate.integers import MIN_SCALE
+from qdit.engines.cpu_kernels.quantized_rows import LEAST_SCALE
 from qdit.engines.cpu_kernels.swap import DOMAIN, OPERATOR, count_products, swap_products
 
 from .conftest import Array, model_of, quantized_rows, random_linear, random_rows, session_of
@@ -247,6 +249,10 @@ def test_other_rows_stay(change: Callable[[onnx.ModelProto], None]) -> None:
     before = model.SerializeToString()
     assert count_products(model) == swap_products(model) == 0
     assert model.SerializeToString() == before
+
+
+def test_the_least_scale_is_the_simulations() -> None:
+    assert LEAST_SCALE == MIN_SCALE
 
 
 def test_rows_in_other_blocks_stay() -> None:

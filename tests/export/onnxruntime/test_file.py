@@ -24,6 +24,7 @@ from qdit.errors import InputError
 from qdit.export.capabilities import computed_plan, realizations
 from qdit.export.contents import checkpoint_contents
 from qdit.export.lower import lower_and_write
+from qdit.export.onnxruntime import files
 from qdit.export.onnxruntime.files import (
     DOMAINS,
     check_onnxruntime_dtype,
@@ -235,7 +236,8 @@ class TestDenoiser:
             arrays = example_arrays(case.model, 8)
             plain = onnxruntime.InferenceSession(str(case.path))
             (made,) = plain.run(None, arrays)
-            wanted = OnnxRuntimeEngine(case.path).infer(arrays)["sample"]
+            engine = OnnxRuntimeEngine(case.path, kernels="onnxruntime")
+            wanted = engine.infer(arrays)["sample"]
             single, double = case.simulation(), case.simulation(torch.float64)
             exact = run_torch(case.model, double, arrays)
             own = np.linalg.norm(run_torch(case.model, single, arrays) - exact)
@@ -263,6 +265,19 @@ class TestFile:
         assert len(products) == len(w4a8.checkpoint.linears)
         weights = {tensor.name for tensor in optimized.initializer}
         assert all(node.input[1] in weights for node in products)
+
+    def test_large_ones_leave_their_weights_beside_them(
+        self, w4a8: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(files, "MAPPED_FROM", 100_000)
+        exported = export_onnxruntime(w4a8.checkpoint, tmp_path / "model.onnx")
+        assert w4a8.exported.data_path is None
+        assert exported.data_path == tmp_path / "model.onnx.data"
+        assert exported.data_path.stat().st_size > 10 * exported.path.stat().st_size
+        arrays = example_arrays(w4a8.model, 2)
+        made = OnnxRuntimeEngine(exported.path).infer(arrays)["sample"]
+        wanted = OnnxRuntimeEngine(w4a8.path).infer(arrays)["sample"]
+        np.testing.assert_array_equal(made, wanted)
 
     def test_holds_two_integers_a_byte_and_half_precision_parameters(self, w4a8: Case) -> None:
         weights = sum(spec.weight_count for spec in w4a8.model.linears)
