@@ -34,7 +34,7 @@ def swap_products(model: onnx.ModelProto) -> int:
 
     Requires: external data may be absent; of initializers, types and the values of small ones are
     read.
-    Ensures: the same inputs, outputs and names of products; initializers as they were. Cases:
+    Ensures: the same inputs, outputs and names of products. Cases:
 
     1. Accuracy level 4 (activations quantized in blocks), 4 or 8 bits, blocks of a multiple of 32
        that divide K, float32 scales, fed with rows that the graph quantizes in the same blocks
@@ -122,15 +122,19 @@ def _swap(node: onnx.NodeProto, rows: QuantizedRows) -> None:
 
 
 def _remove_unused(graph: onnx.GraphProto, names: list[str]) -> None:
-    """Remove what makes these values and, with them, has no use any more."""
+    """Remove what makes these values and, with them, has no use any more; constants too."""
     uses = Counter(name for node in graph.node for name in node.input)
     uses.update(value.name for value in graph.output)
     makers = {name: node for node in graph.node for name in node.output}
+    constants = {one.name: one for one in graph.initializer}
     unused = [name for name in names if not uses[name]]
     while unused:
-        node = makers.pop(unused.pop(), None)
-        if node is None or any(uses[name] for name in node.output):
+        name = unused.pop()
+        if name in constants:
+            graph.initializer.remove(constants.pop(name))
+        node = makers.pop(name, None)
+        if node is None or any(uses[other] for other in node.output):
             continue
         uses.subtract(node.input)
-        unused.extend(name for name in node.input if not uses[name])
+        unused.extend(other for other in node.input if not uses[other])
         graph.node.remove(node)

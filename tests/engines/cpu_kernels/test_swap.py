@@ -168,6 +168,8 @@ def test_parts_of_rows_are_read_where_they_are(signs: Array | None, library: Pat
     wanted = session_of(model, None).run(None, {"A": x})
     assert swap_products(model) == 2
     assert [node.op_type for node in model.graph.node] == [OPERATOR] * 2
+    used = {name for node in model.graph.node for name in node.input}
+    assert {one.name for one in model.graph.initializer} == used - {"A", ""}
     for made, one in zip(session_of(model, library).run(None, {"A": x}), wanted, strict=True):
         assert np.linalg.norm(made - one) <= 1e-6 * np.linalg.norm(one)
 
