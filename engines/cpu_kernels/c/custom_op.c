@@ -4,10 +4,10 @@
  *
  * Inputs 1 to 4 and the attributes K, N, bits and block_size are those of com.microsoft's
  * MatMulNBits. The linear's inputs are the K channels of A from `first` (0) on, of `width` (K); the
- * quantized groups of A are multiplied by `signs` [width/block_size], +1 or -1. All inputs but A are constants:
- * the kernel reads them where the session keeps them. Jobs run on the
- * session's own threads. Scratch comes from the allocator of the session's tensors, call by call,
- * so that calls may overlap; its arena hands the same warm memory out again. */
+ * quantized groups of A are multiplied by `signs` [width/block_size], +1 or -1. All inputs but A
+ * are constants: the kernel reads them where the session keeps them. Jobs run on the session's own
+ * threads. Scratch comes from the allocator of the session's tensors, call by call, so that calls
+ * may overlap; its arena hands the same warm memory out again. */
 #include <inttypes.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -122,7 +122,12 @@ static OrtStatus *compute(void *state, OrtKernelContext *context) {
     error = ort_data(api, a, &x);
     if (error == NULL) error = ort_data(api, output, &y);
     if (error != NULL) return error;
-    Call call = {.linear = &kernel->linear, .x = (const float *)x + kernel->first, .rows = rows, .y = y};
+    Call call = {
+        .linear = &kernel->linear,
+        .x = (const float *)x + kernel->first,
+        .rows = rows,
+        .y = y,
+    };
     return run_call(kernel, context, &call);
 }
 

@@ -83,7 +83,8 @@ AMX static void store_sums(int32_t (*sums)[TILE]) {
 }
 
 VNNI static void promote_square(const Square *at, int32_t (*sums)[TILE]) {
-    const __m512 scales[2] = {_mm512_load_ps(at->scale), _mm512_load_ps(at->scale + at->scale_step)};
+    const __m512 scales[2] = {_mm512_load_ps(at->scale),
+                              _mm512_load_ps(at->scale + at->scale_step)};
     for (int half = 0; half < 2; ++half)
 #pragma GCC unroll 4
         for (int c = 0; c < 16; ++c)

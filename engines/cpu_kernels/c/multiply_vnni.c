@@ -55,8 +55,8 @@ VNNI INLINE void multiply_group(const int blocks, const int same, const Group *a
 #pragma GCC unroll 8
         for (int c = 0; c < COLUMNS; ++c) {
             const __m512i off = _mm512_mullo_epi32(sums, _mm512_set1_epi32(at->zero[c]));
-            promote(at->acc + c * ACC_STEP + b * LANES, same ? d[c][b] : _mm512_sub_epi32(d[c][b], off),
-                    scale, at->channel[c], at->first);
+            const __m512i sum = same ? d[c][b] : _mm512_sub_epi32(d[c][b], off);
+            promote(at->acc + c * ACC_STEP + b * LANES, sum, scale, at->channel[c], at->first);
         }
     }
 }

@@ -60,8 +60,8 @@ static OrtStatus *read_place(const OrtApi *api, const OrtKernelInfo *info, QditL
     linear->stride = attribute_or(api, info, "width", linear->k);
     if (*first < 0 || linear->stride > LARGEST_SIZE || *first > linear->stride - linear->k) {
         return refuse(api,
-                      "K = %" PRId64 " channels from `first` on must lie within `width`, got %" PRId64
-                      " and %" PRId64,
+                      "K = %" PRId64 " channels from `first` on must lie within `width`, got "
+                      "%" PRId64 " and %" PRId64,
                       linear->k, *first, linear->stride);
     }
     return NULL;

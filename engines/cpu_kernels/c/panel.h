@@ -6,9 +6,9 @@
 
 enum { CHANNELS = 64 };
 
-/*   w      a byte an integer, channels beyond the last zero; weight_at says where
+/*   w      a byte an integer; weight_at says where
  *   scale  [groups][64]   0 beyond the last channel
- *   zero   [groups][64]   what is to be taken off; 0 where it has been: `is_signed`
+ *   zero   [groups][64]   what is to be taken off w, unless it has been: `is_signed`
  *   same   [groups]       whether the group's zero points are one number
  *   acc    [64][ACC_STEP] room for sums, by channel and row */
 typedef struct {
@@ -29,9 +29,9 @@ INLINE uint8_t *weight_at(const Panel *panel, int64_t channel, int64_t k) {
 
 enum { ACC_STEP = 64, WHOLE_ROWS = 62 };
 
-/* Channels first … first + channels - 1 in this thread's room. `tile_shift`: chunks of 2^tile_shift k for
- * the matrix unit, with zero points taken off where all integers then fit into int8; WHOLE_ROWS: none.
- * w is NULL where there is no memory. */
+/* Channels first … first + channels - 1 in this thread's room; the rest of 64 with a scale of 0.
+ * `tile_shift`: chunks of 2^tile_shift k for the matrix unit, with zero points taken off where all
+ * integers then fit into int8; WHOLE_ROWS: none. w is NULL where there is no memory. */
 Panel panel_of(const QditLinear *linear, int64_t first, int64_t channels, int tile_shift);
 
 /* Sums of `count` rows, from `row` on, and of `channels` channels into y, with the bias; `past` the

@@ -39,9 +39,11 @@ int64_t qdit_product_jobs(const QditLinear *linear, int64_t rows) {
 static float quantize_group(const float *x, int64_t size, int8_t *q) {
     float largest = 0.0f;
     for (int64_t i = 0; i < size; i++) {
-        largest = fmaxf(largest, fabsf(x[i]));
+        float size_of = fabsf(x[i]);
+        if (size_of > largest || isnan(size_of)) largest = size_of; /* and stays no number */
     }
-    float scale = fmaxf(largest / 127.0f, MIN_SCALE);
+    float scale = largest / 127.0f;
+    if (scale < MIN_SCALE) scale = MIN_SCALE;
     for (int64_t i = 0; i < size; i++) {
         float steps = nearbyintf(x[i] / scale);
         /* also what is no number becomes an integer: casting it is undefined */
@@ -59,7 +61,8 @@ int qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, vo
     for (int64_t row = job * ROWS_A_JOB; row < stop; row++) {
         for (int64_t g = 0; g < groups; g++) {
             float *own = scale + row * groups + g;
-            *own = quantize_group(x + row * linear->stride + g * group, group, q + row * k + g * group);
+            const float *from = x + row * linear->stride + g * group;
+            *own = quantize_group(from, group, q + row * k + g * group);
             if (linear->sign != NULL) *own *= linear->sign[g];
         }
     }

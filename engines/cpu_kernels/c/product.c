@@ -30,10 +30,12 @@ int qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch
     const int64_t block = job / panels(linear) * each, next = block + each;
     const int by_tiles = qdit_units() == 2;
     const int64_t blocks = by_tiles ? in.blocks : ceil_div(rows, LANES);
-    const Panel panel = panel_of(linear, first, channels, by_tiles ? tile_shift(linear) : WHOLE_ROWS);
+    const int shift = by_tiles ? tile_shift(linear) : WHOLE_ROWS;
+    const Panel panel = panel_of(linear, first, channels, shift);
     if (panel.w == NULL) return 1;
     const int past = rows * linear->n >= LARGE;
     const Task task = {linear, &in, &panel, y, rows, first, channels, past};
     (by_tiles ? multiply_amx : multiply_vnni)(&task, block, next < blocks ? next : blocks);
+    if (past) _mm_sfence(); /* other threads read y once the jobs are done */
     return 0;
 }

@@ -7,9 +7,11 @@
  *   q_x = round half to even (x / s_x)    in -127 ... 127
  *   y   = sum over groups of s_x s_w (sum over the group of q_x (w - z)) + bias
  *
- * s_x and q_x are those of calibrate/quantizers.py to the bit: float32, a division each, no
- * reciprocal. The inner sum is exact in int32; the outer one is float32 in an order of one's own,
+ * s_x and q_x are those of calibrate/quantizers.py to the bit: both are float32
+ * divisions, or round as they do. The inner sum is exact in int32; the outer one is float32 in an order of one's own,
  * which must not depend on how jobs are spread over threads.
+ *
+ * A row with what is no finite number gets no finite y.
  *
  * A call with R rows is qdit_quantize_job for every job in 0 ... qdit_quantize_jobs - 1, then
  * qdit_product_job for every job in 0 ... qdit_product_jobs - 1, each in any order and on any

@@ -57,15 +57,23 @@ VNNI INLINE __m128i integers(__m512 x, __m512 inverse, __m512 scale) {
     return _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(ratio));
 }
 
+/* max |x|, and what is no number where one of them is: as bits it is the largest. */
+VNNI INLINE float largest(const float *x, int64_t count) {
+    __m512i most = _mm512_setzero_si512();
+    for (int64_t k = 0; k < count; k += LANES)
+        most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(x + k))));
+    const uint32_t bits = _mm512_reduce_max_epu32(most);
+    float found;
+    memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
 /* One row's groups: bytes one after the other, scales 16 apart. */
 VNNI static void quantize_row(const QditLinear *linear, const float *x, int8_t *q, float *scale) {
     const int64_t size = linear->group;
     for (int64_t g = 0; g < linear->k / size; ++g, x += size, q += size) {
-        __m512 most = _mm512_setzero_ps();
-        for (int64_t k = 0; k < size; k += 16)
-            most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + k)));
-        float s = _mm512_reduce_max_ps(most) / 127.0f;
-        if (!(s > 0x1p-24f)) s = 0x1p-24f;
+        float s = largest(x, size) / 127.0f;
+        if (s < 0x1p-24f) s = 0x1p-24f;
         scale[g * LANES] = s;
         const __m512 divisor = _mm512_set1_ps(s), inverse = _mm512_set1_ps(1.0f / s);
         for (int64_t k = 0; k < size; k += 16)
@@ -109,7 +117,8 @@ int qdit_quantize_job(const QditLinear *linear, const float *x, int64_t rows, vo
             for (int64_t g = 0; g < to.groups; ++g) scale[g * LANES + i] = 0.0f;
         }
     }
-    interleave(linear, bytes, step, to.q + job * linear->k * LANES, to.sum + job * to.groups * LANES);
+    interleave(linear, bytes, step, to.q + job * linear->k * LANES,
+               to.sum + job * to.groups * LANES);
     if (linear->sign)
         for (int64_t i = 0; i < to.groups * LANES; ++i) scale[i] *= linear->sign[i / LANES];
     return 0;

@@ -43,7 +43,9 @@ VNNI INLINE void transpose(__m512i v[LANES]) {
 VNNI INLINE void promote(float *acc, __m512i d, __m512 scale, float channel, int first) {
     const __m512 by = _mm512_mul_ps(scale, _mm512_set1_ps(channel));
     const __m512 sum = _mm512_cvtepi32_ps(d);
-    _mm512_store_ps(acc, first ? _mm512_mul_ps(sum, by) : _mm512_fmadd_ps(sum, by, _mm512_load_ps(acc)));
+    const __m512 all =
+        first ? _mm512_mul_ps(sum, by) : _mm512_fmadd_ps(sum, by, _mm512_load_ps(acc));
+    _mm512_store_ps(acc, all);
 }
 
 #endif

@@ -28,7 +28,7 @@ int qdit_units(void) {
 #ifdef QDIT_EMULATED_TILES
     return find_units() > 0 ? 2 : 0;
 #endif
-    static int units = -1; /* found twice at worst, with the same result */
+    static _Atomic int units = -1; /* found twice at worst, with the same result */
     if (units < 0) units = find_units();
     return units;
 }

@@ -110,6 +110,31 @@ class TestNumbers:
         x[0, :2] = 254, 2
         assert run_linear(linear, x, library).tolist() == [[123]]
 
+    @pytest.mark.parametrize("outputs", [4000, 4001])  # rows that begin with a line, and not
+    def test_more_outputs_than_caches_hold_and_more_rows_than_a_job(
+        self, outputs: int, library: Path
+    ) -> None:
+        linear = random_linear(32, outputs, 32, 8, zero_points=True, bias=True)
+        x = random_rows(1100, 32)
+        made = run_linear(linear, x, library)
+        for rows in (slice(0, 5), slice(760, 780), slice(1090, 1100)):
+            wanted = linear.terms(x[rows]).sum(axis=2)
+            assert _relative(made[rows], wanted) <= 1e-6
+        assert np.isfinite(made).all()
+
+    def test_what_is_no_number_shows_in_its_row_alone(self, library: Path) -> None:
+        """Zeros around it too: a largest magnitude that forgets it would hide it."""
+        linear = random_linear(128, 70, 32, 4, zero_points=True, bias=True)
+        x = random_rows(20, 128)
+        wanted = run_linear(linear, x, library)
+        for row, value in ((3, np.nan), (17, np.inf), (18, -np.inf)):
+            x[row, 40] = value
+        made = run_linear(linear, x, library)
+        finite = np.isfinite(made)
+        assert not finite[[3, 17, 18]].any()
+        others = [row for row in range(20) if row not in (3, 17, 18)]
+        np.testing.assert_array_equal(made[others], wanted[others])
+
     def test_zeros_and_what_is_below_the_least_scale(self, library: Path) -> None:
         """s_x is 2^-24 at least: 2^-25 is half of it and rounds to 0, 2^-23 is 2."""
         linear = random_linear(64, 5, 32, 8, zero_points=True, bias=True)
