@@ -13,7 +13,7 @@ from .machine import library_units, machine_obstacle
 from .swap import REPLACED, count_products
 
 _LINE = "\n"
-NOTHING_TO_TAKE = "the file has no MatMulNBits at accuracy level 4"
+NOTHING_TO_TAKE = "the file has no grouped products for ours to take"
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,18 @@ class Products:
 
     `library` is that of our own products, which take `nodes` nodes by the instructions `units`;
     None for ONNX Runtime's own, for that `reason`, which may hold a compiler's log. As text it is
-    one line for people.
+    one line for people. `is_notable`: ours could have been there, so that a reader wants to know.
     """
 
     library: Path | None = None
     nodes: int = 0
     units: str = ""
     reason: str = ""
+    is_notable: bool = True
 
     @property
     def is_ours(self) -> bool:
         return self.library is not None
-
-    @property
-    def is_notable(self) -> bool:
-        """Whether the file has products that could be ours, so that a reader wants to know."""
-        return self.is_ours or self.reason != NOTHING_TO_TAKE
 
     def __str__(self) -> str:
         if self.is_ours:
@@ -69,9 +65,10 @@ def choose_products(wanted: CpuKernels, provider: str, source: ModelSource) -> P
 
 def _find(provider: str, source: ModelSource) -> Products:
     if provider != CPU:
-        return Products(reason=f"the file runs by {provider}, and ours are a CPU's")
+        why = f"the file runs by {provider}, and ours are a CPU's"
+        return Products(reason=why, is_notable=False)
     if not source.mentions(REPLACED):  # most files: they are not read for it
-        return Products(reason=NOTHING_TO_TAKE)
+        return Products(reason=NOTHING_TO_TAKE, is_notable=False)
     if why := machine_obstacle():
         return Products(reason=why)
     try:
@@ -79,7 +76,7 @@ def _find(provider: str, source: ModelSource) -> Products:
     except ArtifactError as error:  # ONNX Runtime reads it next, and says what it makes of it
         return Products(reason=str(error))
     if nodes == 0:
-        return Products(reason=NOTHING_TO_TAKE)
+        return Products(reason=NOTHING_TO_TAKE, is_notable=False)
     try:
         library = build_library()
         units = library_units(library)

@@ -117,7 +117,9 @@ def test_onnx_runtimes_with_the_reason_where_not(
 
 @pytest.mark.usefixtures("able")
 def test_a_gpus_provider_has_none(source: ModelSource) -> None:
-    assert CUDA in choose_products("auto", CUDA, source).reason
+    found = choose_products("auto", CUDA, source)
+    assert CUDA in found.reason
+    assert not found.is_notable
     with pytest.raises(InputError, match=f"the file runs by {CUDA}, and ours are a CPU's"):
         choose_products("qdit", CUDA, source)
 
