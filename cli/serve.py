@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from . import common_flags
+from . import common_flags, session_flags
 from .entry import console_entry
 from .values import terminal_of, values_of
 
@@ -27,6 +27,7 @@ def serve(
     ] = "auto",
     device: common_flags.Device = "auto",
     threads: common_flags.Threads = None,
+    cpu_kernels: session_flags.CpuKernels = "auto",
     full_precision: Annotated[
         bool,
         typer.Option("--full-precision", help="Serve the original model too, for comparison."),

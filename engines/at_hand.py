@@ -34,7 +34,7 @@ def open_engine(
     settings = settings or EngineSettings()
     if name != AUTO:
         kind = _kind_named(name)
-        if obstacle := kind.obstacle(folder, settings):
+        if obstacle := _obstacle(kind, folder, settings):
             raise InputError(f"engine {name} cannot run {folder}: {obstacle}")
         return OpenedEngine(kind, kind.open(folder, settings))
     reasons = []
@@ -50,12 +50,18 @@ def open_engine(
 def _try_open(
     kind: EngineKind, folder: Path, settings: EngineSettings
 ) -> tuple[OpenedEngine | None, str]:
-    if obstacle := kind.obstacle(folder, settings):
+    if obstacle := _obstacle(kind, folder, settings):
         return None, obstacle
     try:
         return OpenedEngine(kind, kind.open(folder, settings)), ""
     except (InputError, SelfTestError) as error:  # what shows only on loading
         return None, str(error)
+
+
+def _obstacle(kind: EngineKind, folder: Path, settings: EngineSettings) -> str | None:
+    if settings.cpu_kernels != "auto" and not kind.has_cpu_kernels:
+        return f"it has no choice of CPU kernels, got {settings.cpu_kernels}; leave it to auto"
+    return kind.obstacle(folder, settings)
 
 
 def engine_names() -> tuple[str, ...]:

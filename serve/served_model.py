@@ -55,7 +55,7 @@ class ServedModel:
 
 def load_models(settings: ServeSettings, say: Callable[[str], None]) -> Sequence[ServedModel]:
     """The quantized model, and full precision after it where that is asked for."""
-    engine_settings = EngineSettings(settings.device, settings.threads)
+    engine_settings = EngineSettings(settings.device, settings.threads, settings.cpu_kernels)
     served = load_served(settings.folder, settings.engine, engine_settings, settings.vae, say)
     say(f"{served.card.id}: {served.card.precision} on engine {served.card.engine}")
     if not settings.full_precision:
@@ -82,6 +82,8 @@ def load_served(
     decoder = _vae(checkpoint, folder, vae, sampled, settings.device)
     opened = open_engine(folder, engine, settings, say=say)
     kind, family, config = opened.kind, checkpoint.family, checkpoint.config
+    if note := kind.note(opened.engine):
+        say(f"engine {kind.name}: {note}")
     first: list[Any] = [opened.engine]
 
     def open_it() -> Opened:

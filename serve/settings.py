@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..engines.kinds.kind import AUTO
+from ..engines.session_settings import CpuKernels
 from ..errors import InputError
 from .batching.policies import POLICY_NAMES
 
@@ -86,6 +87,7 @@ class ServeSettings(_Strict):
     engine: str = AUTO
     device: str = AUTO
     threads: int | None = Field(default=None, ge=1)
+    cpu_kernels: CpuKernels = "auto"
     vae: Path | None = None
     full_precision: bool = False
     api_keys: Path | None = None

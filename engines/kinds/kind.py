@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from ...calibrate.families.base import Denoiser, Family
 from ..engine import Engine
+from ..session_settings import CpuKernels
 
 AUTO = "auto"
 
@@ -22,10 +23,12 @@ class SamplingEngine(Engine, Protocol):
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """Where an engine is to run. `device`: auto, cpu, cuda or cuda:N; `threads`: of the CPU."""
+    """Where an engine is to run, and how. `device`: auto, cpu, cuda or cuda:N; `threads`: of the
+    CPU; `cpu_kernels`: what multiplies on a CPU, where the kind has a choice of it."""
 
     device: str = AUTO
     threads: int | None = None
+    cpu_kernels: CpuKernels = "auto"
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class EngineKind:
     * `open`: load it; raises `InputError` where it cannot after all;
     * `batch_sizes`: sizes that callers should pad to, ascending, where every new size costs a
       capture or a build; empty where any size will do;
-    * `largest_batch`: the most rows that an opened engine takes, None where there is no limit.
+    * `largest_batch`: the most rows that an opened engine takes, None where there is no limit;
+    * `has_cpu_kernels`: whether it reads that setting; others refuse all but 'auto';
+    * `note`: what an opened engine has to say of itself, '' for nothing.
     """
 
     name: str
@@ -45,3 +50,5 @@ class EngineKind:
     open: Callable[[Path, EngineSettings], SamplingEngine]
     batch_sizes: tuple[int, ...] = ()
     largest_batch: Callable[[SamplingEngine], int | None] = lambda engine: None
+    has_cpu_kernels: bool = False
+    note: Callable[[SamplingEngine], str] = lambda engine: ""

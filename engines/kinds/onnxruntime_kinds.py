@@ -67,17 +67,35 @@ def _open(file: str, folder: Path, settings: EngineSettings) -> SamplingEngine:
     from ..onnxruntime_engine import OnnxRuntimeEngine
 
     wanted = settings.device != "cpu" and CUDA in onnxruntime.get_available_providers()
+    wanted = wanted and settings.cpu_kernels == "auto"  # another choice is one of a CPU
     if wanted and not _quantizes_activations(folder):
         try:
             return OnnxRuntimeEngine(folder / file, providers=[CUDA, CPU], threads=settings.threads)
         except InputError:
             if settings.device != AUTO:
                 raise
-    return OnnxRuntimeEngine(folder / file, providers=[CPU], threads=settings.threads)
+    return OnnxRuntimeEngine(
+        folder / file, providers=[CPU], threads=settings.threads, kernels=settings.cpu_kernels
+    )
+
+
+def _note(engine: SamplingEngine) -> str:
+    from ..onnxruntime_engine import OnnxRuntimeEngine
+
+    if isinstance(engine, OnnxRuntimeEngine) and engine.kernels.is_notable:
+        return str(engine.kernels)
+    return ""
 
 
 def _kind(name: str, file: str, summary: str) -> EngineKind:
-    return EngineKind(name, summary, partial(_obstacle, file), partial(_open, file))
+    return EngineKind(
+        name,
+        summary,
+        partial(_obstacle, file),
+        partial(_open, file),
+        has_cpu_kernels=True,
+        note=_note,
+    )
 
 
 ONNXRUNTIME_CUDA = EngineKind(

@@ -15,6 +15,7 @@ from qdit.calibrate.sampling import SamplingSettings, sample_images
 from qdit.calibrate.sources import load_model
 from qdit.engines.at_hand import engine_names, open_engine
 from qdit.engines.kinds.kind import EngineSettings
+from qdit.engines.onnxruntime_engine import OnnxRuntimeEngine
 from qdit.errors import ArtifactError, InputError
 from qdit.export.onnxruntime.files import export_onnxruntime
 from qdit.serve.backend import Generation, ImageUpdate
@@ -62,6 +63,23 @@ class TestEngines:
     def test_none_will_do(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"no engine .*torch: .*; onnxruntime: .*; qdq: "):
             open_engine(tmp_path, settings=CPU)
+
+    def test_a_choice_of_cpu_kernels_is_read_or_refused(self, exported: Path) -> None:
+        theirs = EngineSettings("cpu", 2, "onnxruntime")
+        opened = open_engine(exported, settings=theirs)
+        assert isinstance(opened.engine, OnnxRuntimeEngine)
+        assert opened.engine.kernels.reason == "they were asked for"
+        ours = EngineSettings("cpu", 2, "qdit")  # the reference form has none of our products
+        with pytest.raises(InputError, match="qdq: qdit's own products were asked for and cannot"):
+            open_engine(exported, settings=ours)
+        with pytest.raises(InputError, match=r"torch cannot run .* no choice of CPU kernels, got"):
+            open_engine(exported, "torch", ours)
+
+    def test_what_multiplies_is_said(self, exported: Path) -> None:
+        said: list[str] = []
+        theirs = EngineSettings("cpu", 2, "onnxruntime")
+        load_served(exported, "qdq", theirs, None, said.append)
+        assert said == ["engine qdq: ONNX Runtime's own products: they were asked for"]
 
     def test_every_onnx_file_is_verified_before_one_is_opened(
         self, exported: Path, tmp_path: Path
