@@ -18,19 +18,8 @@ AMX static void shape_tiles(int k_step) {
     tile_shapes(&shapes);
 }
 
-/* One group's 32 channels and 32 rows: operands, and where their sums go. */
-typedef struct {
-    const uint8_t *w;
-    const int8_t *q;
-    const int32_t *zero, *sum;
-    const float *channel, *scale;
-    float *acc;
-    int64_t q_step, group, scale_step;
-    int first;
-} Square;
-
 /* -zero · Σ q for 32 channels and 32 rows: what unsigned weights' sums start from. */
-AMX static void start_sums(const Square *at, int32_t (*sums)[TILE]) {
+AMX static void start_sums(const Group *at, int32_t (*sums)[TILE]) {
     for (int c = 0; c < WIDE; ++c)
         for (int b = 0; b < 2; ++b) {
             const __m512i sum = _mm512_load_si512(at->sum + b * at->scale_step);
@@ -44,33 +33,23 @@ AMX static void start_sums(const Square *at, int32_t (*sums)[TILE]) {
     tile_load(3, sums[3], 64);
 }
 
-AMX static void multiply_signed(const Square *at, int k_step) {
+AMX static void clear_sums(void) {
     tile_zero(0);
     tile_zero(1);
     tile_zero(2);
     tile_zero(3);
-    for (int64_t k = 0; k < at->group; k += k_step) {
-        tile_load(4, at->w + k * CHANNELS, k_step);
-        tile_load(6, at->q + k * LANES, 64);
-        tile_multiply_signed(0, 4, 6);
-        tile_load(7, at->q + at->q_step + k * LANES, 64);
-        tile_multiply_signed(1, 4, 7);
-        tile_load(5, at->w + k * CHANNELS + 16 * k_step, k_step);
-        tile_multiply_signed(2, 5, 6);
-        tile_multiply_signed(3, 5, 7);
-    }
 }
 
-AMX static void multiply_unsigned(const Square *at, int k_step) {
+AMX INLINE void multiply_group(const Group *at, int k_step, const int is_signed) {
     for (int64_t k = 0; k < at->group; k += k_step) {
         tile_load(4, at->w + k * CHANNELS, k_step);
         tile_load(6, at->q + k * LANES, 64);
-        tile_multiply_unsigned(0, 4, 6);
+        tile_multiply(is_signed, 0, 4, 6);
         tile_load(7, at->q + at->q_step + k * LANES, 64);
-        tile_multiply_unsigned(1, 4, 7);
+        tile_multiply(is_signed, 1, 4, 7);
         tile_load(5, at->w + k * CHANNELS + 16 * k_step, k_step);
-        tile_multiply_unsigned(2, 5, 6);
-        tile_multiply_unsigned(3, 5, 7);
+        tile_multiply(is_signed, 2, 5, 6);
+        tile_multiply(is_signed, 3, 5, 7);
     }
 }
 
@@ -82,7 +61,7 @@ AMX static void store_sums(int32_t (*sums)[TILE]) {
     SETTLED;
 }
 
-VNNI static void promote_square(const Square *at, int32_t (*sums)[TILE]) {
+VNNI static void promote_square(const Group *at, int32_t (*sums)[TILE]) {
     const __m512 scales[2] = {_mm512_load_ps(at->scale),
                               _mm512_load_ps(at->scale + at->scale_step)};
     for (int half = 0; half < 2; ++half)
@@ -98,31 +77,21 @@ VNNI static void promote_square(const Square *at, int32_t (*sums)[TILE]) {
 /* All groups of `blocks` blocks of rows, the panel's channels. Sums of one square are promoted
  * while the matrix unit works on the next one: at once, their loads would wait for its stores. */
 AMX static void multiply_blocks(const Task *task, int64_t block, int64_t blocks, int k_step) {
-    const int64_t k = task->linear->k, size = task->linear->group, groups = task->in->groups;
     const Panel *panel = task->panel;
     int32_t sums[2][4][TILE] __attribute__((aligned(64)));
-    Square last;
+    Group last;
     int turn = 0, any = 0;
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < task->in->groups; ++g)
         for (int64_t c = 0; c < task->channels; c += WIDE)
             for (int64_t b = 0; b < blocks; b += 2) {
-                const int64_t rows_at = (block + b) * groups + g;
-                const Square at = {.w = weight_at(panel, c, g * size),
-                                   .q = task->in->q + ((block + b) * k + g * size) * LANES,
-                                   .zero = panel->zero + g * CHANNELS + c,
-                                   .sum = task->in->sum + rows_at * LANES,
-                                   .channel = panel->scale + g * CHANNELS + c,
-                                   .scale = task->in->scale + rows_at * LANES,
-                                   .acc = panel->acc + c * ACC_STEP + b * LANES,
-                                   .q_step = k * LANES,
-                                   .group = size,
-                                   .scale_step = groups * LANES,
-                                   .first = g == 0};
+                float *acc = panel->acc + c * ACC_STEP + b * LANES;
+                const Group at = group_at(task, c, block + b, g, acc);
                 if (panel->is_signed) {
-                    multiply_signed(&at, k_step);
+                    clear_sums();
+                    multiply_group(&at, k_step, 1);
                 } else {
                     start_sums(&at, sums[turn]);
-                    multiply_unsigned(&at, k_step);
+                    multiply_group(&at, k_step, 0);
                 }
                 store_sums(sums[turn]);
                 if (any) promote_square(&last, sums[1 - turn]);

@@ -14,16 +14,6 @@ enum { COLUMNS = 8, BLOCKS = 3 };
  * stay in the first cache. */
 enum { FINISHED = 16 };
 
-typedef struct {
-    const uint8_t *w;
-    const int8_t *q;
-    const int32_t *zero, *sum;
-    const float *channel, *scale;
-    float *acc;
-    int64_t step, q_step, group, scale_step;
-    int first;
-} Group;
-
 VNNI INLINE void multiply_group(const int blocks, const int same, const Group *at) {
     __m512i d[COLUMNS][BLOCKS];
 #pragma GCC unroll 3
@@ -64,23 +54,11 @@ VNNI INLINE void multiply_group(const int blocks, const int same, const Group *a
 /* Channels `from` … `to` of the panel, all groups. */
 VNNI INLINE void multiply_channels(const int blocks, const Task *task, int64_t block, int64_t from,
                                    int64_t to) {
-    const int64_t k = task->linear->k, size = task->linear->group, groups = task->in->groups;
-    const Panel *panel = task->panel;
-    for (int64_t g = 0; g < groups; ++g)
+    for (int64_t g = 0; g < task->in->groups; ++g)
         for (int64_t c = from; c < to; c += COLUMNS) {
-            const Group at = {.w = weight_at(panel, c, g * size),
-                              .q = task->in->q + (block * k + g * size) * LANES,
-                              .zero = panel->zero + g * CHANNELS + c,
-                              .sum = task->in->sum + (block * groups + g) * LANES,
-                              .channel = panel->scale + g * CHANNELS + c,
-                              .scale = task->in->scale + (block * groups + g) * LANES,
-                              .acc = panel->acc + (c - from) * ACC_STEP,
-                              .step = panel->step,
-                              .q_step = k * LANES,
-                              .group = size,
-                              .scale_step = groups * LANES,
-                              .first = g == 0};
-            if (panel->same[g]) {
+            float *acc = task->panel->acc + (c - from) * ACC_STEP;
+            const Group at = group_at(task, c, block, g, acc);
+            if (task->panel->same[g]) {
                 multiply_group(blocks, 1, &at);
             } else {
                 multiply_group(blocks, 0, &at);

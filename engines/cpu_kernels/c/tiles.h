@@ -24,8 +24,15 @@ typedef struct {
 #define tile_zero(to) _tile_zero(to)
 #define tile_load(to, from, step) _tile_loadd(to, from, step)
 #define tile_store(from, to, step) _tile_stored(from, to, step)
-#define tile_multiply_signed(sums, a, b) _tile_dpbssd(sums, a, b)
-#define tile_multiply_unsigned(sums, a, b) _tile_dpbusd(sums, a, b)
+/* sums += a · b; b is signed, and a where `is_signed`, a constant. */
+#define tile_multiply(is_signed, sums, a, b) \
+    do {                                     \
+        if (is_signed) {                     \
+            _tile_dpbssd(sums, a, b);        \
+        } else {                             \
+            _tile_dpbusd(sums, a, b);        \
+        }                                    \
+    } while (0)
 
 #else
 
@@ -57,7 +64,7 @@ static inline void tile_store(int from, void *to, int64_t step) {
                emulated_shapes.column_bytes[from]);
 }
 
-static inline void emulated_multiply(int sums, int a, int b, int is_signed) {
+static inline void tile_multiply(int is_signed, int sums, int a, int b) {
     for (int m = 0; m < emulated_shapes.rows[sums]; ++m)
         for (int n = 0; n < emulated_shapes.column_bytes[sums] / 4; ++n) {
             int32_t sum;
@@ -70,9 +77,6 @@ static inline void emulated_multiply(int sums, int a, int b, int is_signed) {
             memcpy(emulated_tiles[sums][m] + 4 * n, &sum, 4);
         }
 }
-
-#define tile_multiply_signed(sums, a, b) emulated_multiply(sums, a, b, 1)
-#define tile_multiply_unsigned(sums, a, b) emulated_multiply(sums, a, b, 0)
 
 #endif
 #endif
