@@ -36,8 +36,9 @@ CUDA_FILES = [
 ]
 C_FILES = [
     *("custom_op.c", "multiply_amx.c", "multiply_vnni.c", "node.c", "panel.c", "plain.c"),
-    *("product.c", "rows.c", "units.c"),
-    *("node.h", "ort_abi.h", "panel.h", "panel_rows.h", "product.h", "rows.h", "simd.h", "tiles.h"),
+    *("product.c", "rows.c", "units.c", "write_rows.c"),
+    *("node.h", "ort_abi.h", "panel.h", "panel_rows.h", "product.h", "rows.h", "simd.h", "sizes.h"),
+    "tiles.h",
 ]
 DATA_FILES = {
     "py.typed",

@@ -104,11 +104,9 @@ AMX void multiply_amx(const Task *task, int64_t block, int64_t end) {
     const int k_step = 1 << tile_shift(task->linear);
     shape_tiles(k_step);
     for (; block < end; block += ROW_BLOCKS) {
-        const int64_t blocks = end - block < ROW_BLOCKS ? end - block : ROW_BLOCKS;
-        const int64_t left = task->rows - block * LANES;
+        const int64_t blocks = least(end - block, ROW_BLOCKS);
         multiply_blocks(task, block, blocks, k_step);
-        write_rows(task->linear, task->panel->acc, task->y, task->first, task->channels,
-                   block * LANES, left < blocks * LANES ? left : blocks * LANES, task->past);
+        write_rows(task, 0, task->channels, block, blocks);
     }
     tile_release();
 }

@@ -68,19 +68,15 @@ VNNI INLINE void multiply_channels(const int blocks, const Task *task, int64_t b
 
 VNNI void multiply_vnni(const Task *task, int64_t block, int64_t end) {
     for (; block < end; block += BLOCKS) {
-        const int64_t blocks = end - block < BLOCKS ? end - block : BLOCKS;
-        const int64_t left = task->rows - block * LANES;
-        const int64_t rows = left < blocks * LANES ? left : blocks * LANES;
+        const int64_t blocks = least(end - block, BLOCKS);
         for (int64_t from = 0; from < task->channels; from += FINISHED) {
-            const int64_t most = task->channels - from;
-            const int64_t to = from + (most < FINISHED ? most : FINISHED);
+            const int64_t to = least(from + FINISHED, task->channels);
             switch (blocks) {
                 case 1: multiply_channels(1, task, block, from, to); break;
                 case 2: multiply_channels(2, task, block, from, to); break;
                 default: multiply_channels(3, task, block, from, to);
             }
-            write_rows(task->linear, task->panel->acc, task->y, task->first + from, to - from,
-                       block * LANES, rows, task->past);
+            write_rows(task, from, to, block, blocks);
         }
     }
 }

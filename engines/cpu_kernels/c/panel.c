@@ -20,7 +20,7 @@ VNNI INLINE __m512i integers_at(const QditLinear *linear, const uint8_t *from, i
 /* A channel's integers, less their zero points with `less_zero`; false where one did not fit. */
 VNNI static int read_weights(const QditLinear *linear, const Panel *to, const uint8_t *from,
                              int64_t place, int less_zero) {
-    const int64_t size = linear->group, width = size % 64 || to->shift == 5 ? 32 : 64;
+    const int64_t size = linear->group, width = size % 64 ? 32 : 64;
     const __mmask64 all = ~(__mmask64)0 >> (64 - width);
     __mmask64 wrong = 0;
     for (int64_t k = 0, g = 0; k < linear->k; ++g) {
@@ -54,12 +54,12 @@ static void read_scales(const QditLinear *linear, Panel *to, int64_t first, int6
 }
 
 static int read_all_weights(const QditLinear *linear, const Panel *to, int64_t first,
-                            int64_t channels, int with_sign) {
+                            int64_t channels, int less_zero) {
     int fit = 1;
     for (int64_t c = 0; c < CHANNELS; ++c) {
         const int64_t channel = first + (c < channels ? c : 0);
         const uint8_t *from = linear->weight + channel * linear->k * linear->bits / 8;
-        fit &= read_weights(linear, to, from, c, with_sign);
+        fit &= read_weights(linear, to, from, c, less_zero);
     }
     return fit;
 }
@@ -81,33 +81,4 @@ Panel panel_of(const QditLinear *linear, int64_t first, int64_t channels, int ti
     made.is_signed = tiled && read_all_weights(linear, &made, first, channels, 1);
     if (!made.is_signed) read_all_weights(linear, &made, first, channels, 0);
     return made;
-}
-
-VNNI INLINE void write_lane(float *to, __m512 values, __mmask16 mask, int past) {
-    if (past && mask == 0xffff && ((uintptr_t)to & 63) == 0) {
-        _mm512_stream_ps(to, values);
-    } else {
-        _mm512_mask_storeu_ps(to, mask, values);
-    }
-}
-
-VNNI void write_rows(const QditLinear *linear, const float *acc, float *y, int64_t first,
-                     int64_t channels, int64_t row, int64_t count, int past) {
-    for (int64_t c = 0; c < channels; c += LANES) {
-        const int64_t some = channels - c < LANES ? channels - c : LANES;
-        const __mmask16 mask = (__mmask16)((1u << some) - 1);
-        const __m512 bias = linear->bias ? _mm512_maskz_loadu_ps(mask, linear->bias + first + c)
-                                         : _mm512_setzero_ps();
-        for (int64_t m = 0; m < count; m += LANES) {
-            __m512i v[LANES];
-            for (int i = 0; i < LANES; ++i) v[i] = _mm512_load_si512(acc + (c + i) * ACC_STEP + m);
-            transpose(v);
-            const int64_t last = count - m < LANES ? count - m : LANES;
-            float *to = y + (row + m) * linear->n + first + c;
-            for (int i = 0; i < LANES; ++i)
-                if (i < last)
-                    write_lane(to + i * linear->n, _mm512_add_ps(_mm512_castsi512_ps(v[i]), bias),
-                               mask, past);
-        }
-    }
 }

@@ -34,9 +34,4 @@ enum { ACC_STEP = 64, WHOLE_ROWS = 62 };
  * integers then fit into int8; WHOLE_ROWS: none. w is NULL where there is no memory. */
 Panel panel_of(const QditLinear *linear, int64_t first, int64_t channels, int tile_shift);
 
-/* Sums of `count` rows, from `row` on, and of `channels` channels into y, with the bias; `past` the
- * caches, or through them. */
-void write_rows(const QditLinear *linear, const float *acc, float *y, int64_t first,
-                int64_t channels, int64_t row, int64_t count, int past);
-
 #endif

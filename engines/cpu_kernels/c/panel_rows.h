@@ -44,6 +44,10 @@ INLINE Group group_at(const Task *task, int64_t c, int64_t block, int64_t g, flo
                    .first = g == 0};
 }
 
+/* The panel's sums, which begin with channel `from`, into y with the bias: channels from … to - 1
+ * and `blocks` blocks of rows. */
+void write_rows(const Task *task, int64_t from, int64_t to, int64_t block, int64_t blocks);
+
 /* 2^tile_shift k are a tile's: all 64 that it has room for, or 32 where groups need it. */
 INLINE int tile_shift(const QditLinear *linear) { return linear->group % 64 ? 5 : 6; }
 

@@ -1,6 +1,7 @@
 /* The products of product.h in portable C: slow, the same numbers. Tests run the operator on it
  * on any machine; no engine does, since qdit_units says 0. */
 #include "product.h"
+#include "sizes.h"
 
 #include <math.h>
 
@@ -10,13 +11,9 @@
 
 static const float MIN_SCALE = 1.0f / 16777216.0f; /* 2^-24, of calibrate/integers.py */
 
-static int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Scratch is int8 integers [rows][k], then float scales [rows][k/group] at the next 64 bytes. */
 static size_t integer_bytes(const QditLinear *linear, int64_t rows) {
-    return (size_t)parts(rows * linear->k, ALIGNMENT) * ALIGNMENT;
+    return (size_t)ceil_div(rows * linear->k, ALIGNMENT) * ALIGNMENT;
 }
 
 int qdit_units(void) { return 0; }
@@ -28,12 +25,12 @@ size_t qdit_scratch_bytes(const QditLinear *linear, int64_t rows) {
 
 int64_t qdit_quantize_jobs(const QditLinear *linear, int64_t rows) {
     (void)linear;
-    return parts(rows, ROWS_A_JOB);
+    return ceil_div(rows, ROWS_A_JOB);
 }
 
 int64_t qdit_product_jobs(const QditLinear *linear, int64_t rows) {
     (void)rows;
-    return parts(linear->n, OUTPUTS_A_JOB);
+    return ceil_div(linear->n, OUTPUTS_A_JOB);
 }
 
 static float quantize_group(const float *x, int64_t size, int8_t *q) {
@@ -81,7 +78,7 @@ static int32_t zero_point(const QditLinear *linear, int64_t output, int64_t g) {
     if (linear->zero_point == NULL) {
         return 1 << (linear->bits - 1);
     }
-    int64_t width = parts(linear->k / linear->group * linear->bits, 8);
+    int64_t width = ceil_div(linear->k / linear->group * linear->bits, 8);
     return unpacked(linear->zero_point + output * width, g, linear->bits);
 }
 

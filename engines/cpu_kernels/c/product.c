@@ -26,8 +26,8 @@ int qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch
                      int64_t job) {
     const Rows in = rows_in(linear, rows, (void *)scratch);
     const int64_t each = blocks_a_job(linear, rows), first = job % panels(linear) * CHANNELS;
-    const int64_t left = linear->n - first, channels = left < CHANNELS ? left : CHANNELS;
-    const int64_t block = job / panels(linear) * each, next = block + each;
+    const int64_t channels = least(linear->n - first, CHANNELS);
+    const int64_t block = job / panels(linear) * each;
     const int by_tiles = qdit_units() == 2;
     const int64_t blocks = by_tiles ? in.blocks : ceil_div(rows, LANES);
     const int shift = by_tiles ? tile_shift(linear) : WHOLE_ROWS;
@@ -35,7 +35,7 @@ int qdit_product_job(const QditLinear *linear, int64_t rows, const void *scratch
     if (panel.w == NULL) return 1;
     const int past = rows * linear->n >= LARGE;
     const Task task = {linear, &in, &panel, y, rows, first, channels, past};
-    (by_tiles ? multiply_amx : multiply_vnni)(&task, block, next < blocks ? next : blocks);
+    (by_tiles ? multiply_amx : multiply_vnni)(&task, block, least(block + each, blocks));
     if (past) _mm_sfence(); /* other threads read y once the jobs are done */
     return 0;
 }

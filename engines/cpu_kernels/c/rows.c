@@ -10,6 +10,8 @@ static pthread_once_t room_once = PTHREAD_ONCE_INIT;
 static __thread char *room;
 static __thread size_t room_bytes;
 
+static size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
 static void make_room_key(void) { pthread_key_create(&room_key, free); }
 
 char *thread_room(size_t bytes) {

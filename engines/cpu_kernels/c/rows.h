@@ -4,6 +4,7 @@
 
 #include "product.h"
 #include "simd.h"
+#include "sizes.h"
 
 /* Rows stand in blocks of 16, an even number of them: the matrix unit takes two at a time. Rows
  * beyond the last are zero.
@@ -16,10 +17,6 @@ typedef struct {
     int32_t *sum;
     int64_t blocks, groups;
 } Rows;
-
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-INLINE size_t aligned(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 Rows rows_in(const QditLinear *linear, int64_t rows, void *scratch);
 
