@@ -39,8 +39,8 @@ def run_validate(
     checkpoint = QuantizedCheckpoint.read(folder)
     device = resolve_device(options.device)
     engine = _engine(folder, checkpoint, options, device, progress)
-    if isinstance(engine, OnnxRuntimeProof) and engine.products.is_notable:
-        progress.say(f"{options.engine}: {engine.products}")
+    if isinstance(engine, OnnxRuntimeProof) and engine.products.note:
+        progress.say(f"{options.engine}: {engine.products.note}")
     if options.engine in _TARGET_ENGINES:
         checkpoint = as_computed(checkpoint, _target_file(options))
     if options.threads is not None:

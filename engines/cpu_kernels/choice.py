@@ -35,6 +35,11 @@ class Products:
     def is_ours(self) -> bool:
         return self.library is not None
 
+    @property
+    def note(self) -> str:
+        """The line for people, '' where nobody wants to know."""
+        return str(self) if self.is_notable else ""
+
     def __str__(self) -> str:
         if self.is_ours:
             nodes = "1 node" if self.nodes == 1 else f"{self.nodes} nodes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, MutableSequence, Set
 from typing import TYPE_CHECKING, Any
 
 from .quantized_rows import GraphView, QuantizedRows, find_quantized_rows
@@ -65,11 +65,9 @@ def _rows_of(node: onnx.NodeProto, view: GraphView) -> QuantizedRows | None:
     if not given.keys() <= _ATTRIBUTES or not _is_ours(given) or not _is_constant(node, view):
         return None
     rows = find_quantized_rows(view, node.input[0])
-    return (
-        rows
-        if rows and rows.group == given["block_size"] and rows.first % rows.group == 0
-        else None
-    )
+    if rows is None or rows.group != given["block_size"] or rows.first % rows.group:
+        return None
+    return rows
 
 
 def _is_ours(attributes: Mapping[str, int]) -> bool:
@@ -87,7 +85,7 @@ def _is_constant(node: onnx.NodeProto, view: GraphView) -> bool:
     from onnx import TensorProto
 
     floats, bytes_ = {TensorProto.FLOAT}, {TensorProto.UINT8}
-    inputs = [*node.input, *[""] * (_TAKEN[-1] + 1 - len(node.input))]
+    inputs = _inputs_of(node)
     _, weight, scale, zero_points, _, bias = inputs
     return (
         len(inputs) == _TAKEN[-1] + 1
@@ -99,6 +97,11 @@ def _is_constant(node: onnx.NodeProto, view: GraphView) -> bool:
     )
 
 
+def _inputs_of(node: onnx.NodeProto) -> list[str]:
+    """MatMulNBits' inputs, those that are not given at the end as '' too."""
+    return [*node.input, *[""] * (_TAKEN[-1] + 1 - len(node.input))]
+
+
 def _holds(view: GraphView, name: str, elements: Set[int]) -> bool:
     """Whether `name` is a constant of one of these element types."""
     constant = view.constants.get(name)
@@ -108,7 +111,7 @@ def _holds(view: GraphView, name: str, elements: Set[int]) -> bool:
 def _swap(node: onnx.NodeProto, rows: QuantizedRows) -> None:
     from onnx import helper
 
-    given = [*node.input, *[""] * (_TAKEN[-1] + 1 - len(node.input))]
+    given = _inputs_of(node)
     inputs = [rows.source, *(given[place] for place in _TAKEN), rows.signs]
     while not inputs[-1]:
         inputs.pop()
@@ -126,15 +129,21 @@ def _remove_unused(graph: onnx.GraphProto, names: list[str]) -> None:
     uses = Counter(name for node in graph.node for name in node.input)
     uses.update(value.name for value in graph.output)
     makers = {name: node for node in graph.node for name in node.output}
-    constants = {one.name: one for one in graph.initializer}
+    gone = set()
     unused = [name for name in names if not uses[name]]
     while unused:
         name = unused.pop()
-        if name in constants:
-            graph.initializer.remove(constants.pop(name))
+        gone.add(name)
         node = makers.pop(name, None)
-        if node is None or any(uses[other] for other in node.output):
-            continue
-        uses.subtract(node.input)
-        unused.extend(other for other in node.input if not uses[other])
-        graph.node.remove(node)
+        if node is not None and not any(uses[other] for other in node.output):
+            uses.subtract(node.input)
+            unused.extend(other for other in node.input if not uses[other])
+    _delete(graph.node, lambda node: gone.issuperset(node.output))
+    _delete(graph.initializer, lambda constant: constant.name in gone)
+
+
+def _delete(items: MutableSequence[Any], is_gone: Callable[[Any], bool]) -> None:
+    """Remove items by their places: a repeated field finds one by comparing it with all others."""
+    for place in reversed(range(len(items))):
+        if is_gone(items[place]):
+            del items[place]

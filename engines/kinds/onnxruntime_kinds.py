@@ -82,9 +82,7 @@ def _open(file: str, folder: Path, settings: EngineSettings) -> SamplingEngine:
 def _note(engine: SamplingEngine) -> str:
     from ..onnxruntime_engine import OnnxRuntimeEngine
 
-    if isinstance(engine, OnnxRuntimeEngine) and engine.kernels.is_notable:
-        return str(engine.kernels)
-    return ""
+    return engine.kernels.note if isinstance(engine, OnnxRuntimeEngine) else ""
 
 
 def _kind(name: str, file: str, summary: str) -> EngineKind:

@@ -57,7 +57,7 @@ def file_numbers(
     return {
         "file_vs_simulation": error,
         "compared_inputs": len(inputs[0]),
-        "compared_by": str(engine.kernels) if engine.kernels.is_notable else "",
+        "compared_by": engine.kernels.note,
     }
 
 

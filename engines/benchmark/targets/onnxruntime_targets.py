@@ -46,8 +46,7 @@ class OnnxRuntimeRunner:
             kernels=kernels,
         )
         self._engine = self._open()
-        products = self._engine.kernels
-        self.products = str(products) if products.is_notable else None
+        self.products = self._engine.kernels.note or None
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
 
