@@ -61,7 +61,12 @@ cpu() { # ONNX Runtime on two cores, CORES of them: no GPU is used, but such mac
     pinned --blocks 4 --batch 1,8 "${integer[@]}" --targets fp32,onnxruntime,ort-dynamic --json "$out/cpu-integer.json"
     pinned --blocks 4 --batch 1,8 --bits w8a8 --group-size channel --activation-group-size token --targets fp32,onnxruntime \
         --json "$out/cpu-w8.json"
-    pinned --blocks 4 --batch 1,8 --bits w4a8 --targets fp32,onnxruntime --json "$out/cpu-g128.json"
+    for bits in w4a8 w8a8; do
+        pinned --blocks 4 --batch 1,8 --bits $bits --targets fp32,onnxruntime --json "$out/cpu-g128-$bits.json"
+    done
+    pinned --blocks 4 --batch 1,8 --bits w4a8 --targets fp32,onnxruntime --cpu-kernels onnxruntime --json "$out/cpu-g128-theirs.json"
+    pinned --batch 1 --bits w4a8 --targets fp32,onnxruntime --json "$out/cpu-whole-g128.json"
+    taskset -c "${CORES:-0,1}" $python benchmarks/cpu_products.py --json "$out/cpu-products.json"
     pinned --batch 1 "${integer[@]}" --targets fp32,onnxruntime --json "$out/cpu-whole.json"
 }
 curves() { # a process on each GPU that there is
